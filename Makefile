@@ -1,0 +1,50 @@
+# make run    sets everything up and runs the daemon on an embedded Postgres, following a live demonstration feed
+# make test   sets everything up and runs every check and every test
+# make check  format, lint, types, import contracts, docs tests
+# make e2e    only the end-to-end tests          make bench  speed, latency and memory, as ratios
+# make lock   resolves the dependencies anew (needs uv)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+.DEFAULT_GOAL := test
+.PHONY: setup run check test e2e bench lock
+
+setup: $(STAMP)
+
+# Only hashed packages are installed, the build backend among them; pip itself stays as venv made it.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'setup: $(PYTHON) is older than Python 3.11: make PYTHON=python3.12 setup' >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $(STAMP)
+
+run: setup
+	exec $(BIN)/python deploy/demo/run.py
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy billing_tailer tests $(wildcard deploy/demo/*.py)
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+test: check
+	$(BIN)/python -m pytest
+
+e2e: setup
+	$(BIN)/python -m pytest -m e2e
+
+bench: setup
+	$(BIN)/python -m tests.bench
+
+# No set-up first: this is what repairs a lock that cannot be installed.
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --upgrade --quiet --custom-compile-command 'make lock' \
+		--output-file requirements.lock
+	@! grep -n -e '://' -e '^--' requirements.lock

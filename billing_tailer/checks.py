@@ -1,0 +1,104 @@
+"""`check`: everything that is wrong with an installation, at once, each with the next step."""
+
+import time
+from dataclasses import dataclass
+from functools import partial
+
+from billing_tailer import audit
+from billing_tailer.errors import TailerError
+from billing_tailer.files import LogFiles
+from billing_tailer.ledger import migrations, probe
+from billing_tailer.model import DeadLetterReason, Rejected, SeenFile
+from billing_tailer.settings import Settings
+
+SAMPLE_BYTES = 256 << 10
+CLOCK_SECONDS_MAX = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at."""
+
+    ok: bool
+    topic: str
+    message: str
+    hint: str = ""
+
+
+def run_checks(settings: Settings, dsn: str) -> list[Finding]:
+    """Look at the log volume, the log's format and the database."""
+    return [*_check_files(settings), *_check_database(settings, dsn)]
+
+
+def _check_files(settings: Settings) -> list[Finding]:
+    files = LogFiles(settings.audit_globs, settings.open_files_max)
+    try:
+        files.require_mounts()
+    except TailerError as error:
+        return [Finding(False, "log volume", error.message, error.hint)]
+    seen = files.scan().files
+    if not seen:
+        globs = ", ".join(settings.audit_globs)
+        return [
+            Finding(False, "log files", f"no file matches {globs}", "send a request through the proxy; see AUDIT_GLOBS")
+        ]
+    findings = [Finding(True, "log files", f"{len(seen)} match")]
+    for file in seen:
+        try:
+            findings.extend(_check_format(settings, files, file))
+        except OSError as error:
+            findings.append(
+                Finding(
+                    False, "log files", f"cannot read {file.path}: {error.strerror}", "make it readable for this user"
+                )
+            )
+    return findings
+
+
+def _check_format(settings: Settings, files: LogFiles, file: SeenFile) -> list[Finding]:
+    """Parse the end of a file as the daemon would."""
+    end = files.after_last_newline(file)
+    sample = files.read_at(file, max(0, end - SAMPLE_BYTES), min(end, SAMPLE_BYTES))
+    lines = sample.splitlines()[1 if end > SAMPLE_BYTES else 0 :]
+    parse = partial(audit.parse, is_llm_route=audit.routes(settings.llm_routes))
+    bad = [outcome for outcome in map(parse, lines) if isinstance(outcome, Rejected)]
+    if not bad:
+        return [Finding(True, "log format", f"{file.path}: the last {len(lines)} lines are understood")]
+    hint = "see them with `billing-tailer dead-letters list`"
+    if any(outcome.reason is DeadLetterReason.MISSING_FIELD for outcome in bad):
+        hint = "add the field to nginx's log_format; README shows the whole format"
+    message = f"{file.path}: {len(bad)} of the last {len(lines)} lines are not understood: {bad[-1].detail}"
+    return [Finding(False, "log format", message, hint)]
+
+
+def _check_database(settings: Settings, dsn: str) -> list[Finding]:
+    try:
+        found = probe(dsn, settings.db_schema)
+    except TailerError as error:
+        return [Finding(False, "database", error.message, error.hint)]
+    latest = migrations()[-1].version
+    findings = [
+        Finding(True, "database", f"Postgres {found['server_version']} as role {found['role']}"),
+        Finding(
+            found["schema_version"] == latest,
+            "schema",
+            f"{settings.db_schema} is at version {found['schema_version']}, this program needs {latest}",
+            "run `billing-tailer migrate`",
+        ),
+        Finding(
+            not found["missing_grants"],
+            "grants",
+            "missing: " + ", ".join(found["missing_grants"]) if found["missing_grants"] else "all there",
+            f"grant them to {found['role']}",
+        ),
+    ]
+    apart = abs(time.time() - found["server_time"])
+    findings.append(
+        Finding(
+            apart <= CLOCK_SECONDS_MAX,
+            "clock",
+            f"{apart:.1f} s apart from Postgres",
+            "synchronise the clocks (NTP) of this machine and of Postgres",
+        )
+    )
+    return findings

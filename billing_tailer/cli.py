@@ -1,0 +1,255 @@
+"""The verbs. Reads take `--json` (a stable shape), writes take `--reason` and have `--dry-run`.
+
+Exit codes: 0 ok, 1 failed or unhealthy, 2 usage or configuration, 3 another owner.
+"""
+
+import json
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from billing_tailer import __version__
+from billing_tailer import app as daemon
+from billing_tailer.checks import run_checks
+from billing_tailer.errors import ConfigError, TailerError
+from billing_tailer.files import LogFiles
+from billing_tailer.ledger import Reports, reports
+from billing_tailer.ledger import migrate as migrate_schema
+from billing_tailer.model import FileState, Position
+from billing_tailer.resets import newest_at, parse_request, plan_reset
+from billing_tailer.settings import Settings, load
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Reason = Annotated[str, typer.Option(help="Why; kept with the change.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
+offsets = typer.Typer(no_args_is_help=True, help="Where each file stands, and moving it.")
+dead_letters = typer.Typer(no_args_is_help=True, help="Byte ranges that could not become facts.")
+cli.add_typer(offsets, name="offsets")
+cli.add_typer(dead_letters, name="dead-letters")
+
+
+def main() -> NoReturn:
+    """The console script: our own errors become one message and their exit code."""
+    try:
+        cli(standalone_mode=True)
+    except TailerError as error:
+        sys.stdout.flush()
+        print(f"billing-tailer: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+@cli.command()
+def run() -> None:
+    """Follow the log until SIGTERM."""
+    raise typer.Exit(daemon.run(load()))
+
+
+@cli.command()
+def version(as_json: AsJson = False) -> None:
+    """Print the version."""
+    print(json.dumps({"version": __version__}) if as_json else __version__)
+
+
+@cli.command()
+def check(as_json: AsJson = False) -> None:
+    """Tell everything that is wrong with this installation at once."""
+    with daemon.database_for_verbs(settings := load()) as dsn:
+        findings = run_checks(settings, dsn)
+    if as_json:
+        print(json.dumps([{"ok": f.ok, "topic": f.topic, "message": f.message, "hint": f.hint} for f in findings]))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.topic}: {finding.message}")
+            if not finding.ok:
+                print(f"     -> {finding.hint}")
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@cli.command()
+def migrate(as_json: AsJson = False) -> None:
+    """Create or upgrade the schema, with the owner's DSN (MIGRATE_DATABASE_URL, else DATABASE_URL)."""
+    settings = load()
+    owner = settings.migrate_database_url or settings.database_url
+    if owner is None:
+        raise ConfigError(
+            "BILLING_TAILER_MIGRATE_DATABASE_URL is not set", "set it to the DSN of the role that owns the schema"
+        )
+    applied = migrate_schema(owner.get_secret_value(), settings.db_schema)
+    if as_json:
+        print(json.dumps({"schema": settings.db_schema, "applied": applied}))
+    else:
+        print(f"schema {settings.db_schema}: {', '.join(applied) or 'nothing to do'}")
+
+
+@cli.command()
+def status(as_json: AsJson = False) -> None:
+    """How far everything is committed; exit code 1 if something needs an operator."""
+    settings = load()
+    with _reports(settings) as ledger:
+        positions = ledger.positions()
+        totals = ledger.totals()
+        owner = ledger.active_owner()
+    sizes = _sizes(settings, positions)
+    rows = [_file_row(position, sizes) for position in positions]
+    blocked = [row["path"] for row in rows if row["state"] == FileState.BLOCKED]
+    answer = {
+        "source_id": settings.source_id,
+        "active": owner is not None,
+        "lag_bytes": sum(row["lag_bytes"] or 0 for row in rows),
+        "last_commit_at": max((row["last_commit_at"] for row in rows if row["last_commit_at"]), default=None),
+        "files": len(rows),
+        "blocked": blocked,
+        **totals,
+    }
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        _print_pairs(answer)
+    raise typer.Exit(1 if blocked or totals["dead_letters_open"] else 0)
+
+
+@cli.command()
+def files(as_json: AsJson = False) -> None:
+    """Every generation of every file, oldest first."""
+    _print_positions(as_json)
+
+
+@offsets.command("list")
+def offsets_list(as_json: AsJson = False) -> None:
+    """Committed offsets, sizes and lag."""
+    _print_positions(as_json)
+
+
+@offsets.command("reset")
+def offsets_reset(
+    request: Annotated[str, typer.Argument(metavar="PATH=beginning|end|BYTE")],
+    reason: Reason,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read a file again from somewhere, or skip a part of it (declared as a gap). A running daemon adopts it."""
+    settings = load()
+    wanted = parse_request(request)
+    with _reports(settings) as ledger:
+        position = newest_at(ledger.positions(), wanted.path)
+        if position is None:
+            raise ConfigError(f"nothing is known of {wanted.path}", "see `billing-tailer files` for the known paths")
+        log_files = LogFiles(settings.audit_globs, settings.open_files_max)
+        reset_id = f"cli-{uuid.uuid4()}"
+        reset = plan_reset(
+            wanted, position, log_files, ledger.range_start, reset_id=reset_id, source="cli", reason=reason
+        )
+        if not dry_run:
+            ledger.reset(reset)
+    answer = {
+        "reset_id": None if dry_run else reset_id,
+        "applied": not dry_run,
+        "path": position.path,
+        "file_id": position.file_id,
+        "old_offset": position.committed_offset,
+        "new_offset": reset.place.offset,
+    }
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        _print_pairs(answer)
+
+
+@dead_letters.command("list")
+def dead_letters_list(
+    as_json: AsJson = False,
+    include_resolved: Annotated[bool, typer.Option("--all", help="Also those that are resolved.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="At most so many.")] = 100,
+) -> None:
+    """The newest first."""
+    with _reports(load()) as ledger:
+        rows = ledger.dead_letters(include_resolved=include_resolved, limit=limit)
+    columns = ["dead_letter_id", "path", "start_offset", "end_offset", "reason", "detail", "created_at", "resolution"]
+    _print_rows([_plain(row) for row in rows], columns, as_json)
+
+
+@dead_letters.command("show")
+def dead_letters_show(dead_letter_id: int, as_json: AsJson = False) -> None:
+    """One dead letter with its bytes."""
+    with _reports(load()) as ledger:
+        row = ledger.dead_letter(dead_letter_id)
+    if row is None:
+        raise ConfigError(f"there is no dead letter {dead_letter_id}", "see `billing-tailer dead-letters list --all`")
+    row["raw"] = bytes(row["raw"]).decode("utf-8", "backslashreplace")
+    row["sha256"] = bytes(row["sha256"]).hex()
+    if as_json:
+        print(json.dumps(_plain(row)))
+    else:
+        _print_pairs(_plain(row))
+
+
+@contextmanager
+def _reports(settings: Settings) -> Iterator[Reports]:
+    with (
+        daemon.database_for_verbs(settings) as dsn,
+        reports(dsn, settings.db_schema, settings.source_id) as ledger,
+    ):
+        yield ledger
+
+
+def _sizes(settings: Settings, positions: Sequence[Position]) -> dict[tuple[int, int], int]:
+    """Sizes of the files in sight; empty where the volume is not mounted, which is no reason not to answer."""
+    scan = LogFiles(settings.audit_globs, settings.open_files_max).scan({p.locator for p in positions})
+    return {file.locator: file.size for file in scan.files}
+
+
+def _file_row(position: Position, sizes: dict[tuple[int, int], int]) -> dict[str, Any]:
+    superseded = position.state is FileState.FINAL
+    size = None if superseded else sizes.get(position.locator)
+    return {
+        "file_id": position.file_id,
+        "path": position.path,
+        "generation": position.generation,
+        "state": str(position.state),
+        "blocked_reason": position.blocked_reason,
+        "committed_offset": position.committed_offset,
+        "size": size,
+        "lag_bytes": None if size is None else max(0, size - position.committed_offset),
+        "last_commit_at": None if position.last_commit_at is None else position.last_commit_at.isoformat(),
+        "first_seen_at": None if position.first_seen_at is None else position.first_seen_at.isoformat(),
+        "previous_file_id": position.previous_file_id,
+    }
+
+
+def _print_positions(as_json: bool) -> None:
+    settings = load()
+    with _reports(settings) as ledger:
+        positions = ledger.positions()
+    sizes = _sizes(settings, positions)
+    columns = ["file_id", "path", "generation", "state", "blocked_reason", "committed_offset", "size", "lag_bytes"]
+    _print_rows([_file_row(position, sizes) for position in positions], columns, as_json)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}
+
+
+def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    Console().print(table, markup=False, highlight=False) if rows else print("none")
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    width = max(map(len, pairs))
+    for key, value in pairs.items():
+        print(f"{key:<{width}}  {'-' if value is None else value}")

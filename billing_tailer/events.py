@@ -1,0 +1,206 @@
+"""Everything observable: one method per event, which both logs and counts. The only room that logs or counts.
+
+Metric names, their labels and their meaning stand in README's table, which a test compares with the registry.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+
+from billing_tailer import __version__
+from billing_tailer.model import DeadLetterReason, FileState, Gap, Outcome, Plan, Position, SkipReason
+
+FILE_LABELS_MAX = 50
+"""Files with a label of their own; the others are summed under `_other`."""
+OTHER = "_other"
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """One JSON object per line on standard output, or text for people (`console`)."""
+    renderer: Any = structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+
+
+class Events:
+    """The log and the metrics of one process."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        ProcessCollector(registry=registry)
+
+        def gauge(name: str, meaning: str, *labels: str) -> Gauge:
+            return Gauge(f"billing_tailer_{name}", meaning, labels, registry=registry)
+
+        def counter(name: str, meaning: str, *labels: str) -> Counter:
+            return Counter(f"billing_tailer_{name}", meaning, labels, registry=registry)
+
+        self._lag = gauge("lag_bytes", "Bytes of a log file that are not committed yet", "file")
+        self._offset = gauge("committed_offset_bytes", "Committed offset of a log file", "file")
+        self._size = gauge("file_size_bytes", "Size of a log file", "file")
+        self._oldest = gauge(
+            "oldest_uncommitted_timestamp_seconds", "Since when there are uncommitted bytes; NaN if there are none"
+        )
+        self._last_commit = gauge("last_commit_timestamp_seconds", "Time of the last commit")
+        self._lines = counter("lines_total", "Committed lines by outcome", "outcome")
+        self._letters_open = gauge("dead_letters_open", "Dead letters nobody has decided yet")
+        self._letters = counter("dead_letters_total", "Dead letters by reason", "reason")
+        self._gap_bytes = counter("gap_bytes_total", "Bytes declared as not read, where it is known how many")
+        self._gaps = counter("gaps_total", "Declared gaps by reason", "reason")
+        self._seconds = Histogram(
+            "billing_tailer_commit_duration_seconds",
+            "Duration of a commit",
+            buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+            registry=registry,
+        )
+        self._failures = counter("commit_failures_total", "Failed commits by reason", "reason")
+        self._resets = counter("offset_resets_total", "Offsets reset by an operator", "source")
+        self._files = gauge("files", "Generations of files by state", "state")
+        self._active = gauge("active", "1 while this process is the one that commits, 0 on standby")
+        Info("billing_tailer_build", "Version of the program", registry=registry).info({"version": __version__})
+        self._labelled: set[str] = set()
+        self._zero_series()
+
+    def _zero_series(self) -> None:
+        """Series that exist from the start, so that a first increase can be seen by rate()."""
+        for outcome in (*Outcome, *SkipReason):
+            self._lines.labels(outcome)
+        for reason in DeadLetterReason:
+            self._letters.labels(reason)
+        for state in FileState:
+            self._files.labels(state)
+        for source in ("env", "cli"):
+            self._resets.labels(source)
+        self._oldest.set(math.nan)
+
+    def exposition(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    # --- the daemon
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Something happened as it should."""
+        self._log.info(event, **fields)
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Something an operator should know."""
+        self._log.warning(event, **fields)
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Something an operator must act upon."""
+        self._log.error(event, **fields)
+
+    # --- the loop
+
+    def committed(self, plan: Plan, counts: Mapping[str, int], seconds: float, now: float) -> None:
+        """One plan is committed: the canonical line of the log."""
+        for outcome, count in counts.items():
+            self._lines.labels(outcome).inc(count)
+        for letter in plan.dead_letters:
+            self._letters.labels(letter.reason).inc()
+            self._log.warning(
+                "dead_letter",
+                reason=letter.reason,
+                detail=letter.detail,
+                file_id=letter.file_id,
+                start=letter.start_offset,
+                end=letter.end_offset,
+            )
+        self._seconds.observe(seconds)
+        self._last_commit.set(now)
+        self._log.info(
+            "batch.committed",
+            lines=plan.lines,
+            bytes=plan.bytes,
+            outcomes=dict(counts),
+            files=[
+                {"path": s.position.path, "from": s.position.committed_offset, "to": s.end_offset}
+                for s in plan.steps[:10]
+            ],
+            file_count=len(plan.steps),
+            seconds=round(seconds, 6),
+        )
+
+    def commit_failed(self, reason: str, message: str) -> None:
+        """A transaction failed; nothing of it is in the database, or it will be found there."""
+        self._failures.labels(reason).inc()
+        self._log.warning("commit.failed", reason=reason, message=message)
+
+    def gap(self, gap: Gap, path: str) -> None:
+        """Bytes are declared as not read."""
+        self._gaps.labels(gap.reason).inc()
+        if gap.end_offset is not None:
+            self._gap_bytes.inc(gap.end_offset - gap.start_offset)
+        self._log.error(
+            "gap.declared",
+            path=path,
+            file_id=gap.file_id,
+            start=gap.start_offset,
+            end=gap.end_offset,
+            reason=gap.reason,
+        )
+
+    def reset(self, source: str, **fields: Any) -> None:
+        """An operator moved an offset."""
+        self._resets.labels(source).inc()
+        self._log.warning("offset.reset", source=source, **fields)
+
+    def active(self, active: bool) -> None:
+        """This process became, or ceased to be, the one that commits."""
+        self._active.set(active)
+
+    def dead_letters_open(self, count: int) -> None:
+        """As counted in the database."""
+        self._letters_open.set(count)
+
+    def files(self, positions: Mapping[int, Position], sizes: Mapping[int, tuple[str, int, int]]) -> None:
+        """Where the followed files stand. sizes: file_id -> (path, committed offset, size) of those in sight."""
+        states = dict.fromkeys(FileState, 0)
+        for position in positions.values():
+            states[position.state] += 1
+        for state, count in states.items():
+            self._files.labels(state).set(count)
+        unread_first = sorted(sizes.values(), key=lambda s: (s[1] >= s[2], s[0]))
+        rows: dict[str, tuple[int, int]] = {}
+        for index, (path, offset, size) in enumerate(unread_first):
+            label = path if index < FILE_LABELS_MAX else OTHER
+            before = rows.get(label, (0, 0))
+            rows[label] = (before[0] + offset, before[1] + size)
+        for label in self._labelled - set(rows):
+            for metric in (self._lag, self._offset, self._size):
+                metric.remove(label)
+        self._labelled = set(rows)
+        for label, (offset, size) in rows.items():
+            self._lag.labels(label).set(max(0, size - offset))
+            self._offset.labels(label).set(offset)
+            self._size.labels(label).set(size)
+
+    def oldest_uncommitted(self, since: float | None) -> None:
+        """Since when there are uncommitted bytes, in seconds of the epoch."""
+        self._oldest.set(math.nan if since is None else since)

@@ -1,0 +1,325 @@
+"""The only room that opens log files: scanning directories, comparing files with positions, verified reads.
+
+Holds, for its part, CANNOT_SEE_IS_NOT_GONE (a scan says whether it was complete) and the rule that a read is verified
+on the descriptor that is read (tests/test_files.py). Never writes, so that the volume can be mounted read-only.
+"""
+
+import errno
+import fnmatch
+import glob
+import hashlib
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from billing_tailer.errors import ConfigError
+from billing_tailer.model import FRONTIER_BYTES_MAX, HEAD_BYTES_MAX, Place, Position, SeenFile, Verdict
+
+SETTLED_SECONDS = 2.0
+"""A file's times tell two versions apart only if they are older than the clock's resolution, with room to spare."""
+JUDGED_MAX = 65536
+"""Verdicts that are remembered."""
+COMPRESSED = (b".gz", b".bz2", b".xz", b".zst")
+TAIL_BYTES = 64 << 10
+"""Step of the backward search for a newline."""
+
+
+def escape_path(path: bytes) -> str:
+    """File names are bytes; this writes them as text that can be stored, printed and turned back."""
+    if not _odd(path):
+        return path.decode()
+    return path.decode("utf-8", "surrogateescape").encode("unicode_escape").decode("ascii")
+
+
+def unescape_path(text: str) -> bytes:
+    """The inverse of `escape_path`."""
+    if "\\" not in text:
+        return text.encode()
+    return text.encode("ascii").decode("unicode_escape").encode("utf-8", "surrogateescape")
+
+
+def _odd(path: bytes) -> bool:
+    try:
+        text = path.decode()
+    except UnicodeDecodeError:
+        return True
+    return "\\" in text or not text.isprintable()
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """Everything one look at the directories saw.
+
+    complete: every directory of every glob was listed. strays: names of followed files, or of their compressed
+    successors, that no glob matches although they extend a name that one does. problems: in words, for /readyz.
+    """
+
+    files: tuple[SeenFile, ...]
+    complete: bool
+    problems: tuple[str, ...]
+    strays: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Bytes of one verified read: `data` starts at the position's committed offset, `context` (at most 4 KiB) ends
+    there. `size` is that of the file when it was read."""
+
+    context: bytes
+    data: bytes
+    size: int
+
+
+@dataclass(slots=True)
+class _Handle:
+    fd: int
+    path: str
+
+
+class LogFiles:
+    """The log files of a set of globs, with a bounded number of them held open."""
+
+    def __init__(self, globs: Sequence[str], open_files_max: int) -> None:
+        self._globs = [os.fsencode(pattern) for pattern in globs]
+        self._open_files_max = open_files_max
+        self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
+        self._judged: dict[tuple[int, int, int, bytes], tuple[tuple[int, int, int], Verdict]] = {}
+
+    # --- looking
+
+    def directories(self) -> list[str]:
+        """The directories the globs look into at this moment, for the wake-up."""
+        return sorted({os.fsdecode(d) for pattern in self._globs for d in _directories(pattern)})
+
+    def require_mounts(self) -> None:
+        """Raise ConfigError where a glob's fixed directory is missing or cannot be listed, as at a forgotten mount."""
+        for pattern in self._globs:
+            root = _fixed_directory(pattern)
+            try:
+                os.scandir(root).close()
+            except OSError as error:
+                raise ConfigError(
+                    f"BILLING_TAILER_AUDIT_GLOBS={os.fsdecode(pattern)}: "
+                    f"cannot list {os.fsdecode(root)}: {error.strerror}",
+                    f"mount the proxy's log volume at {os.fsdecode(root)} (read-only is enough), or name another glob",
+                ) from None
+
+    def scan(self, wanted: Collection[tuple[int, int]] = ()) -> Scan:
+        """List every directory of every glob.
+
+        wanted: locators that are followed; a file there is found whatever its name is.
+        """
+        found: dict[tuple[int, int], SeenFile] = {}
+        problems: list[str] = []
+        strays: set[str] = set()
+        inodes = {inode for _, inode in wanted}
+        by_directory: dict[bytes, list[bytes]] = {}
+        for pattern in self._globs:
+            directories = _directories(pattern)
+            if not directories:
+                problems.append(f"no directory matches {os.fsdecode(os.path.dirname(pattern))}")
+            for directory in directories:
+                by_directory.setdefault(directory, []).append(os.path.basename(pattern))
+        complete = not problems
+        for directory, names in sorted(by_directory.items()):
+            try:
+                with os.scandir(directory) as entries:
+                    self._scan_directory(entries, names, wanted, inodes, found, strays)
+            except OSError as error:
+                complete = False
+                problems.append(f"cannot list {escape_path(directory)}: {error.strerror}")
+        for locator, handle in self._handles.items():
+            if locator not in found:
+                status = os.fstat(handle.fd)
+                found[locator] = _seen(handle.path, status, named=status.st_nlink > 0)
+        files = tuple(sorted(found.values(), key=lambda file: file.path))
+        return Scan(files, complete, tuple(problems), tuple(sorted(strays)))
+
+    @staticmethod
+    def _scan_directory(
+        entries: Iterable[os.DirEntry[bytes]],
+        names: Sequence[bytes],
+        wanted: Collection[tuple[int, int]],
+        inodes: Collection[int],
+        found: dict[tuple[int, int], SeenFile],
+        strays: set[str],
+    ) -> None:
+        for entry in sorted(entries, key=lambda e: e.name):
+            matches = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
+            if entry.name.endswith(COMPRESSED):
+                continue  # never text; what it was compressed from keeps its position
+            if not matches and entry.inode() not in inodes:
+                continue
+            try:
+                status = entry.stat()
+            except OSError:
+                continue  # gone since it was listed, or a dangling link: the next scan sees what became of it
+            locator = (status.st_dev, status.st_ino)
+            if not stat.S_ISREG(status.st_mode) or (not matches and locator not in wanted):
+                continue
+            if not matches:
+                strays.add(escape_path(entry.path))
+            if locator not in found or (matches and found[locator].path in strays):
+                found[locator] = _seen(escape_path(entry.path), status)
+
+    # --- comparing
+
+    def judge(self, position: Position, file: SeenFile) -> Verdict:
+        """Compare a file with a position, on a descriptor of that file. What was judged is not read again until size
+        or times of the file change."""
+        signature = (file.size, file.mtime_ns, file.ctime_ns)
+        key = (*file.locator, position.committed_offset, position.frontier_sha256)
+        remembered = self._judged.get(key)
+        if remembered is not None and remembered[0] == signature:
+            return remembered[1]
+        try:
+            fd = self._open(file)
+            status = os.fstat(fd)
+            verdict = _compare(fd, status.st_size, position)
+        except OSError:
+            return Verdict.UNREADABLE
+        unchanged = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == signature
+        if unchanged and abs(time.time() - file.mtime_ns / 1e9) > SETTLED_SECONDS:
+            if len(self._judged) >= JUDGED_MAX:
+                self._judged.clear()
+            self._judged[key] = (signature, verdict)
+        return verdict
+
+    # --- reading
+
+    def size(self, file: SeenFile) -> int:
+        """The size of a file now, in bytes. Raises OSError."""
+        return os.fstat(self._open(file)).st_size
+
+    def read(self, position: Position, file: SeenFile, bytes_max: int) -> Chunk | Verdict:
+        """Read what follows the committed offset, in one pread together with the frontier before it; a verdict other
+        than AGREES where the file is no longer what the position says, or cannot be read."""
+        try:
+            fd = self._open(file)
+            size = os.fstat(fd).st_size
+            start = position.committed_offset - position.frontier_bytes
+            buffer = os.pread(fd, position.frontier_bytes + bytes_max, start)
+            context = buffer[: position.frontier_bytes]
+            if hashlib.sha256(context).digest() != position.frontier_sha256:
+                return _compare(fd, size, position)
+        except OSError:
+            return Verdict.UNREADABLE
+        return Chunk(context, buffer[position.frontier_bytes :], max(size, start + len(buffer)))
+
+    def read_at(self, file: SeenFile, offset: int, bytes_max: int) -> bytes:
+        """Plain bytes, unverified: the caller holds a position and verifies with `still_agrees`. Raises OSError."""
+        return os.pread(self._open(file), bytes_max, offset)
+
+    def still_agrees(self, position: Position, file: SeenFile, end_offset: int) -> bool:
+        """The look before a commit is sent: the committed part is unchanged and what was read has not shrunk away."""
+        try:
+            fd = self._open(file)
+            if os.fstat(fd).st_size < end_offset:
+                return False
+            context = os.pread(fd, position.frontier_bytes, position.committed_offset - position.frontier_bytes)
+        except OSError:
+            return False
+        return hashlib.sha256(context).digest() == position.frontier_sha256
+
+    def place_at(self, file: SeenFile, offset: int) -> Place:
+        """What identifies an offset of a file. Raises OSError, also where the file ends before it."""
+        head = self.read_at(file, 0, min(offset, HEAD_BYTES_MAX))
+        length = min(offset, FRONTIER_BYTES_MAX)
+        frontier = self.read_at(file, offset - length, length)
+        if len(frontier) < length or len(head) < min(offset, HEAD_BYTES_MAX):
+            raise OSError(errno.EINVAL, f"the file ends before byte {offset}", file.path)
+        return Place(offset, head, hashlib.sha256(frontier).digest(), length)
+
+    def after_last_newline(self, file: SeenFile) -> int:
+        """The offset behind the last newline of a file as it is now, 0 without one. Raises OSError."""
+        end = self.size(file)
+        while end > 0:
+            start = max(0, end - TAIL_BYTES)
+            newline = self.read_at(file, start, end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+        return 0
+
+    # --- descriptors
+
+    def _open(self, file: SeenFile) -> int:
+        """The held descriptor of a file, or a new one of exactly that inode. Raises OSError."""
+        handle = self._handles.get(file.locator)
+        if handle is not None:
+            self._handles.move_to_end(file.locator)
+            return handle.fd
+        self._make_room()
+        # O_NONBLOCK: a FIFO that took the name since the scan must not hang us
+        fd = os.open(unescape_path(file.path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != file.locator or not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise OSError(errno.ESTALE, "another file has taken the name", file.path)
+        self._handles[file.locator] = _Handle(fd, file.path)
+        return fd
+
+    def _make_room(self) -> None:
+        """Close the longest unused descriptor of a file with a name; one without could not be opened again."""
+        if len(self._handles) < self._open_files_max:
+            return
+        for locator, handle in self._handles.items():
+            if os.fstat(handle.fd).st_nlink > 0:
+                self._close(locator)
+                return
+        raise OSError(errno.EMFILE, f"all {self._open_files_max} descriptors hold files without a name")
+
+    def held_size(self, locator: tuple[int, int]) -> int | None:
+        """The size of a file at this moment, if it is held open."""
+        handle = self._handles.get(locator)
+        return None if handle is None else os.fstat(handle.fd).st_size
+
+    def release(self, locator: tuple[int, int]) -> None:
+        """Let go of a file that will not be read again."""
+        if locator in self._handles:
+            self._close(locator)
+
+    def _close(self, locator: tuple[int, int]) -> None:
+        os.close(self._handles.pop(locator).fd)
+
+    def close(self) -> None:
+        """Let go of every file."""
+        for locator in list(self._handles):
+            self._close(locator)
+
+
+def _compare(fd: int, size: int, position: Position) -> Verdict:
+    head = os.pread(fd, len(position.head), 0)
+    if size < position.committed_offset:
+        same_beginning = size > 0 and head == position.head[: len(head)] and len(head) == min(size, len(position.head))
+        return Verdict.PAST_END if same_beginning else Verdict.SHRUNK
+    if position.committed_offset == 0 and size < position.size_seen:
+        return Verdict.SHRUNK  # nothing is committed, but what we saw was longer: it is another content
+    frontier = os.pread(fd, position.frontier_bytes, position.committed_offset - position.frontier_bytes)
+    if head != position.head or hashlib.sha256(frontier).digest() != position.frontier_sha256:
+        return Verdict.DIFFERS
+    return Verdict.AGREES
+
+
+def _seen(path: str, status: os.stat_result, *, named: bool = True) -> SeenFile:
+    return SeenFile(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, named)
+
+
+def _fixed_directory(pattern: bytes) -> bytes:
+    """The part of a glob before its first magic character: what must exist for a scan to mean anything."""
+    directory = os.path.dirname(pattern)
+    while glob.has_magic(directory):
+        directory = os.path.dirname(directory)
+    return directory
+
+
+def _directories(pattern: bytes) -> list[bytes]:
+    directory = os.path.dirname(pattern)
+    if not glob.has_magic(directory):
+        return [directory]
+    if not os.path.isdir(_fixed_directory(pattern)):
+        return []
+    return sorted(d for d in glob.glob(directory) if os.path.isdir(d))

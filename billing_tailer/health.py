@@ -1,0 +1,40 @@
+"""What the loop says of itself, for /livez and /readyz: written by the loop, read by the HTTP thread."""
+
+import threading
+import time
+from collections.abc import Iterable
+
+LIVE_SECONDS_MAX = 30.0
+"""Without a tick of the loop for so long, the process is not alive."""
+
+
+class Health:
+    """Reasons why the tailer is not ready, by topic. An empty list of reasons means ready."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last_tick = time.monotonic()
+        self._reasons: dict[str, list[str]] = {"starting": ["no look at the log directories yet"]}
+
+    def tick(self) -> None:
+        """The loop is turning."""
+        self._last_tick = time.monotonic()
+
+    def seconds_since_tick(self) -> float:
+        """Age of the last tick."""
+        return time.monotonic() - self._last_tick
+
+    def alive(self) -> bool:
+        """Whether the loop turns. Never asks Postgres."""
+        return self.seconds_since_tick() < LIVE_SECONDS_MAX
+
+    def say(self, topic: str, reasons: Iterable[str]) -> None:
+        """Replace what is wrong about a topic; no reasons: nothing is."""
+        with self._lock:
+            self._reasons[topic] = list(reasons)
+            self._reasons.pop("starting", None) if topic == "files" else None
+
+    def reasons(self) -> dict[str, list[str]]:
+        """What is wrong, by topic; topics without trouble are left out."""
+        with self._lock:
+            return {topic: list(reasons) for topic, reasons in self._reasons.items() if reasons}

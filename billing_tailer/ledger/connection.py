@@ -1,0 +1,166 @@
+"""Connections to Postgres and the border where psycopg's errors become ours.
+
+Nothing outside this package sees a psycopg exception: `wrapped` sorts them into what the caller can do about them.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, LiteralString, TypeAlias
+
+import psycopg
+from psycopg import errors as pg
+from psycopg import sql
+
+from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, RowRejected, TailerError
+from billing_tailer.ledger.sqlfile import QUERIES, migrations
+
+CONNECT_TIMEOUT_SECONDS = 3
+STATEMENT_TIMEOUT_SECONDS = 10
+TCP_USER_TIMEOUT_SECONDS = 10
+
+Connection: TypeAlias = psycopg.Connection[tuple[Any, ...]]
+
+_TRANSIENT = (
+    pg.OperationalError,  # includes admin shutdown, serialization, deadlock, disk full, too many connections, time-outs
+    pg.InterfaceError,
+    pg.InternalError,
+)
+
+
+@contextmanager
+def wrapped() -> Iterator[None]:
+    """Turn psycopg's exceptions into domain errors."""
+    try:
+        yield
+    except pg.UniqueViolation as error:
+        raise Overlap(_first_line(error)) from error
+    except pg.InsufficientPrivilege as error:
+        raise ConfigError(
+            f"Postgres: {_first_line(error)}", "grant the daemon's role what `billing-tailer check` lists"
+        ) from error
+    except (pg.DataError, pg.CheckViolation, pg.NotNullViolation, pg.ProgramLimitExceeded) as error:
+        raise RowRejected(_first_line(error)) from error
+    except _TRANSIENT as error:
+        raise LedgerUnavailable(_first_line(error), "look at Postgres; the tailer tries again by itself") from error
+    except psycopg.Error as error:
+        raise TailerError(
+            f"Postgres: {_first_line(error)}", "is the schema the one of this version? run `billing-tailer check`"
+        ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """A short label for a failure: the SQLSTATE's name, or `connection`."""
+    cause = error.__cause__
+    state = getattr(cause, "sqlstate", None)
+    if state is None:
+        return "connection"
+    name = type(cause).__name__
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") -> Connection:
+    """A connection with our time-outs and search path. Raises LedgerUnavailable or ConfigError."""
+    try:
+        psycopg.conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        raise ConfigError(
+            f"BILLING_TAILER_DATABASE_URL: {_first_line(error)}",
+            "write it as postgresql://user:password@host:5432/database, or as key=value pairs",
+        ) from None
+    with wrapped():
+        connection: Connection = psycopg.connect(
+            dsn,
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            tcp_user_timeout=TCP_USER_TIMEOUT_SECONDS * 1000,
+            keepalives_idle=5,
+            keepalives_interval=2,
+            keepalives_count=3,
+            application_name=application_name,
+        )
+        connection.execute(
+            "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
+            "set_config('timezone', 'UTC', false)",
+            (sql.Identifier(schema).as_string(connection), f"{STATEMENT_TIMEOUT_SECONDS}s"),
+        )
+    return connection
+
+
+def lock_key(purpose: str, schema: str, name: str = "") -> int:
+    """The 64-bit key of an advisory lock."""
+    digest = hashlib.sha256(f"billing_tailer/{purpose}/{schema}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def migrate(dsn: str, schema: str = "billing") -> list[str]:
+    """Apply the migrations that are missing; returns their names. Needs the owner's role.
+
+    The lock is taken before CREATE SCHEMA, which is not safe against itself.
+    """
+    with connect(dsn, schema) as connection, wrapped(), connection.transaction():
+        connection.execute("set local statement_timeout = 0")
+        connection.execute("select pg_advisory_xact_lock(%s)", (lock_key("migrate", schema),))
+        connection.execute(sql.SQL("create schema if not exists {}").format(sql.Identifier(schema)))
+        connection.execute(
+            "create table if not exists schema_migrations "
+            "(version integer primary key, name text not null, sha256 text not null, "
+            "applied_at timestamptz not null default now())"
+        )
+        applied: dict[int, str] = dict(connection.execute("select version, sha256 from schema_migrations").fetchall())
+        ours = {migration.version: migration for migration in migrations()}
+        _refuse_newer(max(applied, default=0), schema)
+        for version, digest in applied.items():
+            if ours[version].sha256 != digest:
+                raise ConfigError(
+                    f"schema {schema}: migration {ours[version].name} is not the one that was applied",
+                    "run the version of billing_tailer that applied it, or restore that file",
+                )
+        missing = [migration for migration in ours.values() if migration.version not in applied]
+        for migration in missing:
+            connection.execute(migration.text)
+            connection.execute(
+                "insert into schema_migrations (version, name, sha256) values (%s, %s, %s)",
+                (migration.version, migration.name, migration.sha256),
+            )
+    return [migration.name for migration in missing]
+
+
+def require_schema(connection: Connection, schema: str) -> None:
+    """Raise ConfigError unless the schema is exactly the one of this program."""
+    with wrapped():
+        version = schema_version(connection)
+    _refuse_newer(version, schema)
+    latest = migrations()[-1].version
+    if version < latest:
+        raise ConfigError(
+            f"schema {schema} is at version {version}, this program needs {latest}",
+            "run `billing-tailer migrate` with BILLING_TAILER_MIGRATE_DATABASE_URL set to the owner's DSN",
+        )
+
+
+def schema_version(connection: Connection) -> int:
+    """The newest applied migration; 0 without a schema."""
+    if connection.execute("select to_regclass('schema_migrations')").fetchone() == (None,):
+        return 0
+    row = connection.execute("select coalesce(max(version), 0) from schema_migrations").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _refuse_newer(version: int, schema: str) -> None:
+    latest = migrations()[-1].version
+    if version > latest:
+        raise ConfigError(
+            f"schema {schema} is at version {version}, newer than this program's {latest}",
+            "run the newer billing_tailer",
+        )
+
+
+def query(name: str) -> LiteralString:
+    """A named statement of queries.sql."""
+    return QUERIES[name]

@@ -1,0 +1,71 @@
+"""What the verbs ask Postgres: short reads, and the writes that an operator orders."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from psycopg.rows import dict_row
+
+from billing_tailer.ledger.connection import Connection, connect, query, require_schema, schema_version, wrapped
+from billing_tailer.ledger.resets import Reset, apply_reset, range_start
+from billing_tailer.ledger.writer import position_of
+from billing_tailer.model import Position
+
+
+class Reports:
+    """An operator's connection to one source."""
+
+    def __init__(self, connection: Connection, source_id: str) -> None:
+        self._connection = connection
+        self._source_id = source_id
+
+    def positions(self) -> list[Position]:
+        """Every generation of the source, oldest first."""
+        return [position_of(row) for row in self._rows("positions")]
+
+    def totals(self) -> dict[str, int]:
+        """Counts of facts, conflicts, open dead letters, gaps and known gap bytes."""
+        return dict(self._rows("totals")[0])
+
+    def dead_letters(self, *, include_resolved: bool, limit: int) -> list[dict[str, Any]]:
+        """The newest dead letters first, without their bytes."""
+        return self._rows("dead_letters", all=include_resolved, limit=limit)
+
+    def dead_letter(self, dead_letter_id: int) -> dict[str, Any] | None:
+        """One dead letter with its bytes."""
+        rows = self._rows("dead_letter", dead_letter_id=dead_letter_id)
+        return rows[0] if rows else None
+
+    def range_start(self, position: Position, offset: int) -> int:
+        """Where the committed range that contains `offset` begins."""
+        return range_start(self._connection, position, offset)
+
+    def reset(self, reset: Reset) -> None:
+        """Apply an operator's reset. Raises PositionMoved if the tailer was faster."""
+        apply_reset(self._connection, self._source_id, reset)
+
+    def active_owner(self) -> str | None:
+        """The application name of the session that holds the source's lock, None where no tailer is active."""
+        rows = self._rows("owner", application=f"billing_tailer {self._source_id}")
+        return rows[0]["application_name"] if rows else None
+
+    def _rows(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
+        with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:
+            return cursor.execute(query(name), {"source_id": self._source_id, **parameters}).fetchall()
+
+
+@contextmanager
+def reports(dsn: str, schema: str, source_id: str) -> Iterator[Reports]:
+    """Connect for one verb. Raises LedgerUnavailable, or ConfigError where the schema is not this program's."""
+    with connect(dsn, schema, application_name="billing_tailer cli") as connection:
+        require_schema(connection, schema)
+        yield Reports(connection, source_id)
+
+
+def probe(dsn: str, schema: str) -> dict[str, Any]:
+    """What `check` wants to know of a database: server version, schema version, role, missing grants."""
+    with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
+        with connection.cursor(row_factory=dict_row) as cursor:
+            facts = cursor.execute(query("probe"), {"schema": schema}).fetchone()
+        assert facts is not None
+        return {**facts, "schema_version": schema_version(connection)}

@@ -1,0 +1,513 @@
+"""The session that writes: one connection, one advisory lock, one transaction per plan.
+
+Holds POSITION_AND_ROWS_COMMIT_TOGETHER (tests/test_ledger.py::test_a_failed_compare_and_set_leaves_nothing,
+tests/test_crash.py) and one owner per source: the lock is held by the very session that writes, so that whoever lost
+the lock cannot write any more, and after a lost connection the old backend is ended before the position is read again.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
+from tenacity import RetryError, Retrying, retry_if_exception_type, wait_exponential_jitter
+
+from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved
+from billing_tailer.ledger.connection import Connection, connect, lock_key, query, require_schema, wrapped
+from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
+from billing_tailer.model import (
+    BlockReason,
+    FileState,
+    FileStep,
+    Gap,
+    GapReason,
+    Outcome,
+    Place,
+    PlacedFact,
+    Plan,
+    Position,
+    SeenFile,
+    UsageFact,
+)
+from billing_tailer.plan import moved_counts
+
+PING_SECONDS = 2.0
+"""How often an idle session proves that it is alive; a frozen one is ended by the server after IDLE_SECONDS."""
+IDLE_SECONDS = 12
+STANDBY_POLL_SECONDS = 0.5
+WAIT_SECONDS_MAX = 1.0
+PIPELINE_FACTS_MAX = 40
+"""Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
+
+COLUMNS = (*UsageFact._fields, "file_id", "start_offset", "end_offset")
+_COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
+_COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
+_INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
+_INSERT_STAGED = query("insert_staged").format(columns=", ".join(COLUMNS))
+
+
+class LedgerState(StrEnum):
+    """What the writing session is doing, for /readyz."""
+
+    CONNECTING = "connecting"
+    STANDBY = "standby"
+    ACTIVE = "active"
+
+
+@dataclass(frozen=True, slots=True)
+class NewFile:
+    """A generation to register, at a place behind 0 only for START_AT, which leaves a gap."""
+
+    seen: SeenFile
+    previous_file_id: int | None
+    generation: int
+    place: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a scan changes about generations, in one transaction. updated: positions with their new place and state."""
+
+    new: tuple[NewFile, ...] = ()
+    updated: tuple[Position, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What became of a plan: its steps with the counts as they were stored, and the positions afterwards."""
+
+    steps: tuple[FileStep, ...]
+    positions: tuple[Position, ...]
+    seconds: float
+
+
+class Ledger:
+    """The only writer of a source. Used by one thread, but for `abort` and the plain attributes."""
+
+    def __init__(self, dsn: str, *, schema: str, source_id: str, stop: threading.Event) -> None:
+        self._dsn = dsn
+        self._schema = schema
+        self.source_id = source_id
+        self._stop = stop
+        self._connection: Connection | None = None
+        self._backend: tuple[int, datetime] | None = None
+        self._lock_key = lock_key("source", schema, source_id)
+        self._last_proof = 0.0
+        self.state = LedgerState.CONNECTING
+        self.trouble: str | None = None
+
+    # --- becoming and staying the owner
+
+    def open(self, *, tick: Callable[[], None], may_stand_by: Callable[[Sequence[Position]], bool]) -> bool:
+        """Connect and take the lock, however long Postgres is away or another tailer is active.
+
+        tick is called at least once a second while waiting. may_stand_by is asked with the recorded positions before
+        waiting for another owner: False means that the source id is in use for another volume (ConfigError).
+        Returns False if told to stop.
+        """
+
+        def wait(seconds: float) -> None:
+            tick()
+            self._stop.wait(seconds)
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(LedgerUnavailable),
+            wait=wait_exponential_jitter(multiplier=0.05, max=WAIT_SECONDS_MAX, jitter=0.05),
+            stop=lambda _: self._stop.is_set(),
+            sleep=wait,
+        )
+        asked = False
+        while not self._stop.is_set():
+            tick()
+            try:
+                if retrying(self._try_open):
+                    return True
+            except RetryError:
+                return False
+            if not asked:
+                with wrapped():
+                    positions = self.positions()
+                if not may_stand_by(positions):
+                    raise ConfigError(
+                        f"SOURCE_ID {self.source_id} is in use for another volume",
+                        "give every proxy's volume its own BILLING_TAILER_SOURCE_ID, or mount the same volume",
+                    )
+                asked = True
+            self.close()
+            wait(STANDBY_POLL_SECONDS)
+        return False
+
+    def _try_open(self) -> bool:
+        """One attempt. True: owner. False: another session holds the lock; the connection is left open."""
+        self.close()
+        self.state = LedgerState.CONNECTING
+        try:
+            connection = connect(self._dsn, self._schema, application_name=f"billing_tailer {self.source_id}")
+            self._connection = connection
+            with wrapped():
+                if self._backend is not None:
+                    # a COMMIT of ours may still be under way there: only its end makes the position readable
+                    connection.execute(
+                        "select pg_terminate_backend(pid, 5000) from pg_stat_activity "
+                        "where pid = %s and backend_start = %s",
+                        self._backend,
+                    )
+                connection.execute(
+                    "select set_config('idle_session_timeout', %(idle)s, false), "
+                    "set_config('idle_in_transaction_session_timeout', %(idle)s, false), "
+                    "set_config('tcp_keepalives_idle', '5', false), set_config('tcp_keepalives_interval', '2', false), "
+                    "set_config('tcp_keepalives_count', '3', false)",
+                    {"idle": f"{IDLE_SECONDS}s"},
+                )
+            require_schema(connection, self._schema)
+            with wrapped():
+                row = connection.execute("select pg_try_advisory_lock(%s)", (self._lock_key,)).fetchone()
+                if row != (True,):
+                    self.state, self.trouble = LedgerState.STANDBY, "another tailer is active for this source"
+                    return False
+                row = connection.execute(
+                    "select pid, backend_start from pg_stat_activity where pid = pg_backend_pid()"
+                ).fetchone()
+                assert row is not None
+                self._backend = (row[0], row[1])
+            self._prove_lock()
+        except LedgerUnavailable as error:
+            self.trouble = error.message
+            self.close()
+            raise
+        self.state, self.trouble = LedgerState.ACTIVE, None
+        return True
+
+    def _prove_lock(self) -> None:
+        """The session that holds the lock must be the one we talk to: a DSN that pools per transaction breaks that."""
+        key = self._lock_key & (2**64 - 1)
+        with wrapped():
+            row = self._session.execute(
+                "select pg_backend_pid(), array_agg(pid) from pg_locks where locktype = 'advisory' and granted "
+                "and database = (select oid from pg_database where datname = current_database()) "
+                "and classid::bigint = %s and objid::bigint = %s and objsubid = 1",
+                (key >> 32, key & (2**32 - 1)),
+            ).fetchone()
+        assert row is not None
+        assert self._backend is not None
+        if row[1] != [row[0]] or row[0] != self._backend[0]:
+            raise ConfigError(
+                f"the lock of SOURCE_ID {self.source_id} is held by {row[1]}, but this session is {row[0]}",
+                "point BILLING_TAILER_DATABASE_URL at Postgres itself, or at a pool in session mode",
+            )
+        self._last_proof = time.monotonic()
+
+    def ping(self) -> None:
+        """Prove the lock again if PING_SECONDS have passed. Raises LedgerUnavailable."""
+        if time.monotonic() - self._last_proof >= PING_SECONDS:
+            self._prove_lock()
+
+    @property
+    def _session(self) -> Connection:
+        if self._connection is None:
+            raise LedgerUnavailable("not connected")
+        return self._connection
+
+    def lost(self, error: LedgerUnavailable) -> None:
+        """Forget the session after an error: positions are to be read again from Postgres."""
+        self.state, self.trouble = LedgerState.CONNECTING, error.message
+        self.close()
+
+    def close(self) -> None:
+        """End the session, and with it the lock."""
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            with contextlib.suppress(psycopg.Error):
+                connection.close()
+
+    def abort(self) -> None:
+        """Cut the connection from another thread: a hanging statement fails and its transaction is rolled back."""
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
+                twin.shutdown(socket.SHUT_RDWR)
+
+    # --- positions
+
+    def positions(self) -> list[Position]:
+        """Every generation of the source, oldest first."""
+        with wrapped(), self._session.cursor(row_factory=dict_row) as cursor:
+            rows = cursor.execute(query("positions"), {"source_id": self.source_id}).fetchall()
+        return [position_of(row) for row in rows]
+
+    def apply(self, changes: Changes) -> None:
+        """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
+        with wrapped(), self._session.transaction():
+            for gap in changes.gaps:
+                self._session.execute(query("insert_gap"), _gap(gap))
+            for position in changes.updated:
+                done = self._session.execute(query("update_file"), _place(position))
+                if done.rowcount != 1:
+                    raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
+            for file in changes.new:
+                self._insert_file(file)
+
+    def _insert_file(self, file: NewFile) -> None:
+        seen, place = file.seen, file.place
+        values = {
+            "source_id": self.source_id,
+            "path": seen.path,
+            "device": seen.device,
+            "inode": seen.inode,
+            "generation": file.generation,
+            "previous_file_id": file.previous_file_id,
+            "head": place.head,
+            "committed_offset": place.offset,
+            "frontier_sha256": place.frontier_sha256,
+            "frontier_bytes": place.frontier_bytes,
+            "size_seen": max(seen.size, place.offset),
+            "state": str(FileState.LIVE),
+        }
+        row = self._session.execute(query("insert_file"), values).fetchone()
+        assert row is not None
+        if place.offset:
+            self._session.execute(query("insert_gap"), _gap(Gap(row[0], 0, place.offset, GapReason.START_AT)))
+
+    def open_dead_letters(self) -> int:
+        """How many dead letters of the source nobody has decided yet."""
+        with wrapped():
+            row = self._session.execute(query("open_dead_letters"), {"source_id": self.source_id}).fetchone()
+        assert row is not None
+        return int(row[0])
+
+    def reset(self, reset: Reset) -> None:
+        """Apply an operator's reset. Raises PositionMoved."""
+        apply_reset(self._session, self.source_id, reset)
+
+    def reset_applied(self, reset_id: str, requested: str) -> bool:
+        """True if this id was applied before with this request. Raises ConfigError if with another."""
+        return already_applied(self._session, reset_id, requested)
+
+    def range_start(self, position: Position, offset: int) -> int:
+        """Where the committed range that contains `offset` begins."""
+        return range_start(self._session, position, offset)
+
+    def newest_reset(self) -> datetime | None:
+        """When an offset was last reset by an operator."""
+        with wrapped():
+            row = self._session.execute(query("newest_reset"), {"source_id": self.source_id}).fetchone()
+        assert row is not None
+        when: datetime | None = row[0]
+        return when
+
+    # --- plans
+
+    def commit(self, plan: Plan) -> Committed:
+        """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written."""
+        started = time.monotonic()
+        steps = plan.steps
+        try:
+            if plan.overlapping:
+                steps = self._commit_staged(plan)
+            else:
+                self._commit_new(plan)
+        except Overlap:
+            steps = self._commit_staged(plan)
+        self._last_proof = time.monotonic()
+        now = datetime.now().astimezone()
+        positions = tuple(_moved(step, now) for step in steps)
+        return Committed(steps, positions, self._last_proof - started)
+
+    def _commit_new(self, plan: Plan) -> None:
+        """The common case: no call is known yet. A unique violation rolls everything back."""
+        session = self._session
+        if len(plan.facts) > PIPELINE_FACTS_MAX:
+            with wrapped(), session.transaction():
+                _copy(session, _COPY_FACTS, (_row(fact) for fact in plan.facts))
+                with session.pipeline() as pipeline:
+                    self._write_positions(plan, plan.steps, pipeline)
+            return
+        with wrapped(), session.pipeline() as pipeline, session.transaction():
+            if plan.facts:
+                with session.cursor() as cursor:
+                    cursor.executemany(_INSERT_FACT, [_row(fact) for fact in plan.facts])
+            self._write_positions(plan, plan.steps, pipeline)
+
+    def _commit_staged(self, plan: Plan) -> tuple[FileStep, ...]:
+        """Calls that may be known: stage all, insert what is new, and sort the others into replays and conflicts."""
+        session = self._session
+        with wrapped(), session.transaction():
+            session.execute(query("create_staging"))
+            _copy(session, _COPY_STAGED, ((*_row(fact), number) for number, fact in enumerate(plan.facts)))
+            first: dict[str, int] = {}
+            for number, fact in enumerate(plan.facts):
+                first.setdefault(fact.fact.call_id, number)
+            inserted = [first[row[0]] for row in session.execute(_INSERT_STAGED).fetchall()]
+            others = session.execute(query("classify_staged"), {"inserted": inserted}).fetchall()
+            steps, conflicts = _sort_out(plan, others)
+            if conflicts:
+                session.execute(query("insert_conflicts"), {"conflicts": conflicts})
+            with session.pipeline() as pipeline:
+                self._write_positions(plan, steps, pipeline)
+        return steps
+
+    def _write_positions(self, plan: Plan, steps: Sequence[FileStep], pipeline: psycopg.Pipeline) -> None:
+        """The compare-and-set of every file, its batch row and its dead letters, in one round trip; then the look
+        whether all of them found what this process left there, before anything is committed."""
+        inserted = [_batch(step) for step in steps if step.batch.grows_from is None]
+        grown = [_batch(step) for step in steps if step.batch.grows_from is not None]
+        expected = []
+        for name, rows in (
+            ("move_position", [_move(step) for step in steps]),
+            ("insert_batch", inserted),
+            ("grow_batch", grown),
+        ):
+            cursor = self._session.cursor()
+            if rows:
+                cursor.executemany(query(name), rows)
+                expected.append((name, cursor, len(rows)))
+        if plan.dead_letters:
+            self._session.cursor().executemany(
+                query("insert_dead_letter"), [_letter(letter) for letter in plan.dead_letters]
+            )
+        pipeline.sync()
+        for name, cursor, count in expected:
+            if cursor.rowcount != count:
+                raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
+
+    def find_refused(self, plan: Plan) -> dict[int, str]:
+        """Which facts Postgres refuses, by index, with its words; nothing is written. Slow: one savepoint per fact."""
+        refused: dict[int, str] = {}
+        with wrapped(), self._session.transaction(force_rollback=True):
+            for index, fact in enumerate(plan.facts):
+                try:
+                    with self._session.transaction():
+                        self._session.execute(_INSERT_FACT, _row(fact))
+                except psycopg.errors.UniqueViolation:
+                    continue
+                except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
+                    refused[index] = str(error).splitlines()[0]
+        return refused
+
+
+def _copy(session: Connection, statement: str, rows: Any) -> None:
+    with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
+        for row in rows:
+            copy.write_row(row)
+
+
+def _row(placed: PlacedFact) -> tuple[Any, ...]:
+    return (*placed.fact, placed.file_id, placed.start_offset, placed.end_offset)
+
+
+def _sort_out(plan: Plan, others: Sequence[tuple[int, int, bool]]) -> tuple[tuple[FileStep, ...], list[int]]:
+    """Lines that made no fact -> steps with the counts put right, and the numbers of the conflicting lines."""
+    change: dict[int, dict[str, int]] = {}
+    conflicts: list[int] = []
+    seen: set[tuple[str, str | None, bytes | None]] = set()
+    for number, file_id, replayed in others:
+        fact = plan.facts[number].fact
+        identity = (fact.call_id, fact.nginx_request_id, fact.line_sha256)
+        outcome = Outcome.REPLAYED if replayed or identity in seen else Outcome.CONFLICT
+        if outcome is Outcome.CONFLICT:
+            conflicts.append(number)
+            seen.add(identity)
+        counts = change.setdefault(file_id, {str(Outcome.FACT): 0, str(Outcome.REPLAYED): 0, str(Outcome.CONFLICT): 0})
+        counts[Outcome.FACT] -= 1
+        counts[outcome] += 1
+    steps = tuple(
+        moved_counts(step, change[step.position.file_id]) if step.position.file_id in change else step
+        for step in plan.steps
+    )
+    return steps, conflicts
+
+
+def _moved(step: FileStep, now: datetime) -> Position:
+    return replace(
+        step.position,
+        head=step.head,
+        committed_offset=step.end_offset,
+        frontier_sha256=step.frontier_sha256,
+        frontier_bytes=step.frontier_bytes,
+        size_seen=step.size_seen,
+        dead_letter_bytes=step.dead_letter_bytes,
+        last_commit_at=now,
+    )
+
+
+def _move(step: FileStep) -> dict[str, Any]:
+    return {
+        "file_id": step.position.file_id,
+        "old_offset": step.position.committed_offset,
+        "end_offset": step.end_offset,
+        "head": step.head,
+        "frontier_sha256": step.frontier_sha256,
+        "frontier_bytes": step.frontier_bytes,
+        "size_seen": step.size_seen,
+        "dead_letter_bytes": step.dead_letter_bytes,
+    }
+
+
+def _batch(step: FileStep) -> dict[str, Any]:
+    batch = step.batch
+    return {
+        "file_id": step.position.file_id,
+        "start_offset": batch.start_offset,
+        "end_offset": batch.end_offset,
+        "grows_from": batch.grows_from,
+        "sha256": batch.sha256,
+        "counts": Jsonb(dict(batch.counts)),
+    }
+
+
+def _letter(letter: Any) -> dict[str, Any]:
+    return {
+        "file_id": letter.file_id,
+        "start_offset": letter.start_offset,
+        "end_offset": letter.end_offset,
+        "reason": str(letter.reason),
+        "detail": letter.detail.replace("\0", "\\0"),
+        "raw": letter.raw,
+        "sha256": letter.sha256,
+    }
+
+
+def _gap(gap: Gap) -> dict[str, Any]:
+    return {
+        "file_id": gap.file_id,
+        "start_offset": gap.start_offset,
+        "end_offset": gap.end_offset,
+        "reason": str(gap.reason),
+    }
+
+
+def _place(position: Position) -> dict[str, Any]:
+    return {
+        "file_id": position.file_id,
+        "committed_offset": position.committed_offset,
+        "path": position.path,
+        "device": position.device,
+        "inode": position.inode,
+        "size_seen": position.size_seen,
+        "state": str(position.state),
+        "blocked_reason": None if position.blocked_reason is None else str(position.blocked_reason),
+    }
+
+
+def position_of(row: Mapping[str, Any]) -> Position:
+    """A row of the query `positions`."""
+    return Position(
+        **{
+            **row,
+            "device": int(row["device"]),
+            "inode": int(row["inode"]),
+            "state": FileState(row["state"]),
+            "blocked_reason": None if row["blocked_reason"] is None else BlockReason(row["blocked_reason"]),
+        }
+    )

@@ -1,0 +1,278 @@
+"""The values that travel through the rooms: immutable, no I/O, no clock.
+
+A line's way: bytes -> `UsageFact` | `Skip` | `Rejected` -> `Plan` -> one transaction. The records that exist once per
+line are `NamedTuple`s, because a frozen dataclass costs several times as much to make and there are 10,000 in a batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import NamedTuple
+
+HEAD_BYTES_MAX = 1024
+"""How much of the beginning of a file is kept verbatim to know it again."""
+FRONTIER_BYTES_MAX = 4096
+"""How much before the committed offset is hashed to know the file again."""
+
+
+class SkipReason(StrEnum):
+    """Why a well-formed line is no call to be billed. Also the metric label and the key in `tail_batches.counts`."""
+
+    NOT_LLM_ROUTE = "not_llm_route"
+    REJECTED_BEFORE_LLM = "rejected_before_llm"
+    BLANK_LINE = "blank_line"
+
+
+class DeadLetterReason(StrEnum):
+    """Why a byte range could not become a fact. Also the metric label and `dead_letters.reason`."""
+
+    INVALID_JSON = "invalid_json"
+    NOT_AN_OBJECT = "not_an_object"
+    DUPLICATE_KEY = "duplicate_key"
+    MISSING_FIELD = "missing_field"
+    BAD_VALUE = "bad_value"
+    TOO_LONG = "too_long"
+    UNTERMINATED = "unterminated"
+    REFUSED_BY_POSTGRES = "refused_by_postgres"
+
+
+class GapReason(StrEnum):
+    """Why a byte range is declared as not read: `log_gaps.reason`."""
+
+    TRUNCATED = "truncated"
+    REGROWN = "regrown"
+    INODE_REUSED = "inode_reused"
+    START_AT = "start_at"
+    SKIPPED = "skipped"
+
+
+class BlockReason(StrEnum):
+    """Why a file is not read until an operator decides: `tail_files.blocked_reason`."""
+
+    OFFSET_PAST_END = "offset_past_end"
+    AMBIGUOUS = "ambiguous"
+
+
+class FileState(StrEnum):
+    """`tail_files.state`.
+
+    live: seen under the name it was first seen with. rotated: seen under another name, or held open without a name.
+    missing: not seen and not held, which proves nothing (CANNOT_SEE_IS_NOT_GONE). blocked: an operator must decide.
+    final: nothing more will be read from this generation, unless a file with its content appears again.
+    """
+
+    LIVE = "live"
+    ROTATED = "rotated"
+    MISSING = "missing"
+    BLOCKED = "blocked"
+    FINAL = "final"
+
+
+class Outcome(StrEnum):
+    """Outcomes of a line beside the skip reasons. Also the metric label and the key in `tail_batches.counts`."""
+
+    FACT = "fact"
+    REPLAYED = "replayed"
+    CONFLICT = "conflict"
+    DEAD_LETTER = "dead_letter"
+
+
+class UsageFact(NamedTuple):
+    """One billable call, as its audit line tells it.
+
+    call_id: the key; nginx_request_id: tells a replay from a conflict; proxy_call_id: the id our proxy asked LiteLLM to
+    use; id_echoed: LiteLLM's answer carried the call id; header_cost_usd: a witness, never a price
+    (LITELLM_IS_USAGE_TRUTH); request_seconds: duration; occurred_at: end of the request, UTC;
+    line_sha256: only where the line has no request id, to tell a replay from a conflict.
+    """
+
+    call_id: str
+    nginx_request_id: str | None
+    proxy_call_id: str | None
+    id_echoed: bool
+    run_id: str | None
+    attempt: int | None
+    graph_id: str | None
+    billing_account_id: str | None
+    method: str | None
+    path: str | None
+    status: int
+    request_completed: bool
+    provenance: str
+    requested_model: str | None
+    header_cost_usd: Decimal | None
+    header_model_group: str | None
+    cache_key: str | None
+    request_seconds: Decimal | None
+    occurred_at: datetime
+    line_sha256: bytes | None
+
+
+class Skip(NamedTuple):
+    """A line that is no call to be billed."""
+
+    reason: SkipReason
+
+
+class Rejected(NamedTuple):
+    """A line that cannot be understood. `detail` names the field and the value, for the operator."""
+
+    reason: DeadLetterReason
+    detail: str
+
+
+class PlacedFact(NamedTuple):
+    """A fact and the byte range it was read from; `end_offset` is exclusive and includes the newline."""
+
+    fact: UsageFact
+    file_id: int
+    start_offset: int
+    end_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A byte range that could not become a fact. `raw` is bounded, `sha256` covers the whole range."""
+
+    file_id: int
+    start_offset: int
+    end_offset: int
+    reason: DeadLetterReason
+    detail: str
+    raw: bytes
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A byte range that is declared as not read; `end_offset` None: nobody knows how far it went."""
+
+    file_id: int
+    start_offset: int
+    end_offset: int | None
+    reason: GapReason
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """One generation of one file and how far it is committed: a row of `tail_files`. Offsets and sizes in bytes."""
+
+    file_id: int
+    path: str
+    device: int
+    inode: int
+    generation: int
+    previous_file_id: int | None
+    head: bytes
+    committed_offset: int
+    frontier_sha256: bytes
+    frontier_bytes: int
+    size_seen: int
+    state: FileState
+    blocked_reason: BlockReason | None = None
+    dead_letter_bytes: int = 0
+    first_seen_at: datetime | None = None
+    last_commit_at: datetime | None = None
+
+    @property
+    def locator(self) -> tuple[int, int]:
+        """(device, inode)."""
+        return (self.device, self.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenFile:
+    """A regular file found by a scan. `path` is escaped (`files.escape_path`), `size` in bytes, times in nanoseconds.
+
+    named: False for a file that is only held open, because its last name was deleted.
+    """
+
+    path: str
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    named: bool = True
+
+    @property
+    def locator(self) -> tuple[int, int]:
+        """(device, inode)."""
+        return (self.device, self.inode)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a file and what identifies it: the head and the frontier that a position there has."""
+
+    offset: int
+    head: bytes
+    frontier_sha256: bytes
+    frontier_bytes: int
+
+
+class Verdict(StrEnum):
+    """What comparing a file with a position says."""
+
+    AGREES = "agrees"
+    SHRUNK = "shrunk"
+    """Shorter than the offset, and the beginning is another one (or nothing is left)."""
+    PAST_END = "past_end"
+    """Shorter than the offset, with the same beginning."""
+    DIFFERS = "differs"
+    """Long enough, but not the bytes that were committed."""
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """The row of `tail_batches` that a step inserts (`grows_from` None) or grows from that end offset."""
+
+    start_offset: int
+    grows_from: int | None
+    end_offset: int
+    sha256: bytes
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class FileStep:
+    """One file's part of a plan: moves `position` to `end_offset` and says what the bytes between were."""
+
+    position: Position
+    end_offset: int
+    head: bytes
+    frontier_sha256: bytes
+    frontier_bytes: int
+    size_seen: int
+    dead_letter_bytes: int
+    batch: BatchRow
+    counts: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        # pair assertion: ledger/commit.py asserts the same contiguity again in SQL
+        if not self.position.committed_offset < self.end_offset <= self.size_seen:
+            raise AssertionError(f"step of {self.position.path} does not move forward inside the file: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything one transaction commits. `overlapping`: two lines of the plan share a call id."""
+
+    steps: tuple[FileStep, ...]
+    facts: tuple[PlacedFact, ...]
+    dead_letters: tuple[DeadLetter, ...] = ()
+    overlapping: bool = False
+    gaps: tuple[Gap, ...] = field(default=())
+
+    @property
+    def lines(self) -> int:
+        """Number of lines the plan accounts for."""
+        return sum(sum(step.counts.values()) for step in self.steps)
+
+    @property
+    def bytes(self) -> int:
+        """Number of bytes the plan moves the offsets by."""
+        return sum(step.end_offset - step.position.committed_offset for step in self.steps)

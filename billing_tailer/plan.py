@@ -1,0 +1,258 @@
+"""Verified bytes of some files -> one transaction's worth of rows. Pure.
+
+Holds EVERY_BYTE_HAS_AN_OUTCOME for its part: a step covers exactly the bytes of whole lines, and each line adds one to
+exactly one count (tests/test_plan.py). Framing: only a newline ends a line, and what has none is not a line yet.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+from billing_tailer.model import (
+    FRONTIER_BYTES_MAX,
+    HEAD_BYTES_MAX,
+    BatchRow,
+    DeadLetter,
+    DeadLetterReason,
+    FileStep,
+    Outcome,
+    PlacedFact,
+    Plan,
+    Position,
+    Rejected,
+    Skip,
+    UsageFact,
+)
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+ROW_BYTES_MAX = 1 << 20
+"""A row of `tail_batches` grows commit by commit until it covers this much."""
+RAW_BYTES_MAX = 64 << 10
+"""How much of a dead letter is kept; the rest is known by range and hash."""
+RAW_BYTES_MAX_TOO_LONG = 4 << 10
+RAW_BYTES_MAX_PER_FILE = 100 << 20
+"""Beyond this a file's dead letters keep no bytes, so that a file of nothing but poison cannot fill the database."""
+
+Parse = Callable[[bytes], UsageFact | Skip | Rejected]
+
+
+class Bytes(Protocol):
+    """What a verified read returns (`files.Chunk`)."""
+
+    @property
+    def context(self) -> bytes: ...
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRow:
+    """The row of `tail_batches` that the next step of a file may grow. Known only to the process that wrote it."""
+
+    start_offset: int
+    end_offset: int
+    hasher: "_Hash"
+    counts: Mapping[str, int]
+
+
+@dataclass(slots=True)
+class LongLine:
+    """A line beyond the limit: hashed and dropped as it streams by, in bounded memory.
+
+    Scanning starts again from `start_offset` after a restart, since only whole lines are committed.
+    """
+
+    start_offset: int
+    scanned: int = 0
+    raw: bytes = b""
+    tail: bytes = b""
+    hasher: "_Hash" = field(default_factory=hashlib.sha256)
+
+    def feed(self, data: bytes) -> bool:
+        """Take the bytes at `start_offset + scanned`, up to a newline; True once the line has ended."""
+        end = data.find(b"\n") + 1
+        taken = data[:end] if end else data
+        self.hasher.update(taken)
+        self.scanned += len(taken)
+        self.raw += taken[: RAW_BYTES_MAX_TOO_LONG - len(self.raw)]
+        self.tail = (self.tail + taken[-FRONTIER_BYTES_MAX:])[-FRONTIER_BYTES_MAX:]
+        return bool(end)
+
+
+@dataclass(slots=True)
+class FileWork:
+    """What one file contributes to a plan, and the open row to adopt once the plan is committed."""
+
+    step: FileStep
+    facts: list[PlacedFact]
+    dead_letters: list[DeadLetter]
+    row: OpenRow
+
+
+def take_lines(
+    position: Position, chunk: Bytes, row: OpenRow | None, parse: Parse, *, lines_max: int, line_bytes_max: int
+) -> FileWork | None:
+    """The whole lines at the beginning of a chunk, at most `lines_max`; None where there is none."""
+    cut = chunk.data.rfind(b"\n") + 1
+    if cut == 0:
+        return None
+    lines = chunk.data[:cut].split(b"\n", lines_max)
+    rest = lines.pop()
+    taken = chunk.data[: cut - len(rest)] if rest else chunk.data[:cut]
+    counts: Counter[str] = Counter()
+    facts: list[PlacedFact] = []
+    letters: list[DeadLetter] = []
+    kept_bytes = position.dead_letter_bytes
+    start = position.committed_offset
+    for line in lines:
+        end = start + len(line) + 1
+        outcome = _outcome(line, parse, line_bytes_max)
+        if type(outcome) is UsageFact:
+            counts[Outcome.FACT] += 1
+            facts.append(PlacedFact(outcome, position.file_id, start, end))
+        elif type(outcome) is Skip:
+            counts[outcome.reason] += 1
+        elif type(outcome) is Rejected:
+            counts[Outcome.DEAD_LETTER] += 1
+            letters.append(_dead_letter(position.file_id, start, line + b"\n", outcome, kept_bytes))
+            kept_bytes += len(letters[-1].raw)
+        start = end
+    grown = _grow(position, row, taken, counts)
+    head = position.head + taken[: max(0, HEAD_BYTES_MAX - len(position.head))]
+    tail = taken[-FRONTIER_BYTES_MAX:]
+    if len(tail) < FRONTIER_BYTES_MAX:
+        tail = (chunk.context + tail)[-FRONTIER_BYTES_MAX:]
+    step = _step(position, grown, row, head=head, tail=tail, size=chunk.size, kept_bytes=kept_bytes, counts=counts)
+    return FileWork(step, facts, letters, grown)
+
+
+def take_long_line(position: Position, line: LongLine, size: int) -> FileWork:
+    """An ended over-long line as one dead letter, in a row of its own."""
+    detail = f"{line.scanned} bytes"
+    raw = line.raw if position.dead_letter_bytes < RAW_BYTES_MAX_PER_FILE else b""
+    end = line.start_offset + line.scanned
+    letter = DeadLetter(
+        position.file_id,
+        line.start_offset,
+        end,
+        DeadLetterReason.TOO_LONG,
+        detail,
+        raw,
+        line.hasher.digest(),
+    )
+    counts = Counter({str(Outcome.DEAD_LETTER): 1})
+    row = OpenRow(line.start_offset, end, line.hasher, counts)
+    head = position.head + line.raw[: max(0, HEAD_BYTES_MAX - len(position.head))]
+    kept_bytes = position.dead_letter_bytes + len(raw)
+    step = _step(position, row, None, head=head, tail=line.tail, size=size, kept_bytes=kept_bytes, counts=counts)
+    return FileWork(step, [], [letter], row)
+
+
+def build(works: Sequence[FileWork]) -> Plan:
+    """One plan of the work of several files, in the order given; a file may stand in it once."""
+    facts = tuple(fact for work in works for fact in work.facts)
+    return Plan(
+        steps=tuple(work.step for work in works),
+        facts=facts,
+        dead_letters=tuple(letter for work in works for letter in work.dead_letters),
+        overlapping=len({fact.fact.call_id for fact in facts}) != len(facts),
+    )
+
+
+def without_refused(plan: Plan, letters: Mapping[int, DeadLetter]) -> Plan:
+    """The plan with the facts at these indexes as dead letters: one bad row costs one dead letter, not its batch."""
+    refused: Counter[int] = Counter(plan.facts[index].file_id for index in letters)
+    return Plan(
+        steps=tuple(_recount(step, refused[step.position.file_id]) for step in plan.steps),
+        facts=tuple(fact for index, fact in enumerate(plan.facts) if index not in letters),
+        dead_letters=(*plan.dead_letters, *letters.values()),
+        overlapping=plan.overlapping,
+    )
+
+
+def refused(fact: PlacedFact, line: bytes, detail: str) -> DeadLetter:
+    """The dead letter of a line whose fact Postgres refused. line: its bytes with the newline."""
+    rejected = Rejected(DeadLetterReason.REFUSED_BY_POSTGRES, detail)
+    return _dead_letter(fact.file_id, fact.start_offset, line, rejected, 0)
+
+
+def _outcome(line: bytes, parse: Parse, line_bytes_max: int) -> UsageFact | Skip | Rejected:
+    if len(line) > line_bytes_max:
+        return Rejected(DeadLetterReason.TOO_LONG, f"{len(line) + 1} bytes")
+    return parse(line)
+
+
+def _dead_letter(file_id: int, start: int, line: bytes, rejected: Rejected, kept_bytes: int) -> DeadLetter:
+    raw_max = RAW_BYTES_MAX_TOO_LONG if rejected.reason is DeadLetterReason.TOO_LONG else RAW_BYTES_MAX
+    raw = line[:raw_max] if kept_bytes < RAW_BYTES_MAX_PER_FILE else b""
+    return DeadLetter(
+        file_id, start, start + len(line), rejected.reason, rejected.detail, raw, hashlib.sha256(line).digest()
+    )
+
+
+def _grow(position: Position, row: OpenRow | None, taken: bytes, counts: Counter[str]) -> OpenRow:
+    end = position.committed_offset + len(taken)
+    if not _may_grow(position, row):
+        return OpenRow(position.committed_offset, end, hashlib.sha256(taken), dict(counts))
+    assert row is not None
+    hasher = row.hasher.copy()  # the old one stays good for the case that this plan is never committed
+    hasher.update(taken)
+    return OpenRow(row.start_offset, end, hasher, Counter(row.counts) + counts)
+
+
+def _may_grow(position: Position, row: OpenRow | None) -> bool:
+    return (
+        row is not None
+        and row.end_offset == position.committed_offset
+        and row.end_offset - row.start_offset < ROW_BYTES_MAX
+    )
+
+
+def _step(
+    position: Position,
+    grown: OpenRow,
+    row: OpenRow | None,
+    *,
+    head: bytes,
+    tail: bytes,
+    size: int,
+    kept_bytes: int,
+    counts: Counter[str],
+) -> FileStep:
+    grows_from = position.committed_offset if _may_grow(position, row) else None
+    return FileStep(
+        position=position,
+        end_offset=grown.end_offset,
+        head=head,
+        frontier_sha256=hashlib.sha256(tail).digest(),
+        frontier_bytes=len(tail),
+        size_seen=size,
+        dead_letter_bytes=kept_bytes,
+        batch=BatchRow(grown.start_offset, grows_from, grown.end_offset, grown.hasher.digest(), grown.counts),
+        counts=dict(counts),
+    )
+
+
+def _recount(step: FileStep, refused_lines: int) -> FileStep:
+    if not refused_lines:
+        return step
+    change = {str(Outcome.FACT): -refused_lines, str(Outcome.DEAD_LETTER): refused_lines}
+    return moved_counts(step, change)
+
+
+def moved_counts(step: FileStep, change: Mapping[str, int]) -> FileStep:
+    """The step with lines moved from one outcome to another; `change` adds up to 0."""
+
+    def changed(counts: Mapping[str, int]) -> dict[str, int]:
+        keys = {**counts, **change}
+        moved = {key: counts.get(key, 0) + change.get(key, 0) for key in keys}
+        return {key: count for key, count in moved.items() if count}
+
+    batch = replace(step.batch, counts=changed(step.batch.counts))
+    return replace(step, counts=changed(step.counts), batch=batch)

@@ -1,0 +1,68 @@
+"""Wakes the loop when something happens in a log directory. The poll alone is enough; this only makes it sooner.
+
+inotify misses remote writers, overlay file systems' lower layers and queue overflows, so that nothing may depend on it
+(tests/test_wake.py).
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterable
+
+from watchdog.events import (
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
+from watchdog.observers import Observer
+
+# reading makes events of its own (opened, closed): only what a writer or a rotation does may wake us
+_EVENTS: list[type[FileSystemEvent]] = [FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent]
+
+
+class Wake(FileSystemEventHandler):
+    """An event that file system events set, and that the loop waits for."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._observer = Observer()
+        self._watched: set[str] = set()
+        self.trouble: str | None = None
+
+    def start(self) -> None:
+        """Start watchdog's threads; where inotify is not to be had, `trouble` says why and the poll does the work."""
+        try:
+            self._observer.start()
+        except OSError as error:
+            self.trouble = str(error)
+
+    def watch(self, directories: Iterable[str]) -> None:
+        """Watch further directories, none of them twice; what cannot be watched is tried again next time."""
+        for directory in set(directories) - self._watched:
+            try:
+                self._observer.schedule(self, directory, event_filter=_EVENTS)
+                self._watched.add(directory)
+                self.trouble = None
+            except OSError as error:
+                self.trouble = f"{directory}: {error}"
+
+    def on_any_event(self, _event: FileSystemEvent) -> None:
+        """watchdog's thread: only note it, and act at the loop's own pace."""
+        self._event.set()
+
+    def set(self) -> None:
+        """Wake the loop for another reason."""
+        self._event.set()
+
+    def wait(self, seconds: float) -> None:
+        """Until something happens, or the time is up."""
+        self._event.wait(seconds)
+        self._event.clear()
+
+    def stop(self) -> None:
+        """End watchdog's threads."""
+        with contextlib.suppress(RuntimeError):
+            self._observer.stop()
+            self._observer.join(timeout=1)

@@ -1,0 +1,89 @@
+"""uvicorn in a side thread. If the thread dies, the process must end: `alive` tells the composition root."""
+
+import socket
+import threading
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from billing_tailer import __version__
+from billing_tailer.errors import ConfigError
+from billing_tailer.events import Events
+from billing_tailer.health import Health
+
+STOP_SECONDS_MAX = 2.0
+
+
+class HttpServer:
+    """Serves `/livez`, `/readyz` and `/metrics` from the moment `start` returns."""
+
+    def __init__(self, host: str, port: int, events: Events, health: Health) -> None:
+        """port 0: chosen by the system, found in `port` after `start`."""
+        self._host = host
+        self.port = port
+        self._events = events
+        self._health = health
+        self._server: uvicorn.Server | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Bind, then serve in a thread. Raises ConfigError where the address cannot be used."""
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self._host, self.port))
+        except OSError as error:
+            listener.close()
+            raise ConfigError(
+                f"BILLING_TAILER_HTTP_HOST={self._host} BILLING_TAILER_HTTP_PORT={self.port}: {error.strerror}",
+                "choose a free port (0 lets the system choose), or end the process that has it",
+            ) from None
+        self.port = int(listener.getsockname()[1])
+        config = uvicorn.Config(
+            application(self._events, self._health),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=1,
+            limit_concurrency=1000,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [listener]}, name="http", daemon=True
+        )
+        self._thread.start()
+        self._events.info("http.listening", host=self._host, port=self.port)
+
+    def alive(self) -> bool:
+        """Whether the thread still serves."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def stop(self) -> None:
+        """End the thread, within STOP_SECONDS_MAX."""
+        if self._server is not None and self._thread is not None:
+            self._server.should_exit = True
+            self._thread.join(STOP_SECONDS_MAX)
+
+
+def application(events: Events, health: Health) -> Starlette:
+    """The ASGI application."""
+
+    async def livez(_: Request) -> Response:
+        age = round(health.seconds_since_tick(), 3)
+        return JSONResponse({"alive": health.alive(), "seconds_since_tick": age}, 200 if health.alive() else 503)
+
+    async def readyz(_: Request) -> Response:
+        reasons = health.reasons()
+        ready = not reasons and health.alive()
+        return JSONResponse({"ready": ready, "reasons": reasons, "version": __version__}, 200 if ready else 503)
+
+    async def metrics(_: Request) -> Response:
+        return Response(events.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
