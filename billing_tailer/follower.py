@@ -5,7 +5,7 @@ gaps, blocked ones) and keeps the positions of this process in step with Postgre
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from billing_tailer.events import Events
@@ -59,8 +59,8 @@ class Follower:
         unfinished = {p.locator for p in self.positions.values() if p.state is not FileState.FINAL}
         scan = self._files.scan(unfinished)
         self._unreadable = []
-        self._note_sizes(scan)
         matching = match(list(self.positions.values()), scan.files, self._files.judge, complete=scan.complete)
+        self._note_sizes(matching.kept | matching.matched)
         registered = self._apply(matching, scan)
         self.followed = {
             file_id: file
@@ -71,13 +71,13 @@ class Follower:
         self.registered = registered
         self._next_scan = 0.0 if registered else time.monotonic() + SCAN_SHARE * (time.monotonic() - started)
 
-    def _note_sizes(self, scan: Scan) -> None:
-        """Remember how far each file went, in case it is truncated before it is read."""
-        sizes = {file.locator: file.size for file in scan.files}
-        for file_id, position in self.positions.items():
-            size = sizes.get(position.locator, 0)
-            if size > position.size_seen and position.state is not FileState.FINAL:
-                self.positions[file_id] = replace(position, size_seen=size)
+    def _note_sizes(self, found: Mapping[int, SeenFile]) -> None:
+        """Remember how far each generation went, in case it is truncated before it is read. Only where its content was
+        found: the size of what replaced it says nothing about it."""
+        for file_id, file in found.items():
+            position = self.positions[file_id]
+            if file.size > position.size_seen:
+                self.positions[file_id] = replace(position, size_seen=file.size)
 
     def _apply(self, matching: Matching, scan: Scan) -> bool:
         """Commit what the matching changes; True if files were registered."""
@@ -175,7 +175,6 @@ class Follower:
         scan = self._files.scan({position.locator for position in self.positions.values()})
         by_locator = {p.locator: p.file_id for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
         self.followed = {by_locator.get(file.locator, -1 - number): file for number, file in enumerate(scan.files)}
-        self._note_sizes(scan)
         self._health.say("files", scan.problems)
 
 

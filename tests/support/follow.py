@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ def following(
 ) -> Iterator[Rig]:
     """A tailer that owns the source and has read `directory`. changes: to Limits, source_id, open_files_max."""
     configure_logging("error", "json")
-    limits = {"poll_interval_seconds": 0.05, "batch_lines_max": 1000, "batch_bytes_max": 1 << 20}
-    limits = {**limits, "line_bytes_max": 1 << 16, **{key: value for key, value in changes.items() if key in _LIMITS}}
+    limits = Limits(0.05, batch_lines_max=1000, batch_bytes_max=1 << 20, line_bytes_max=1 << 16)
+    limits = replace(limits, **{key: value for key, value in changes.items() if key in _LIMITS})
     stop = threading.Event()
     events, health, wake = Events(), Health(), Wake()
     files = LogFiles(globs or (f"{directory}/audit*.jsonl*",), changes.get("open_files_max", 256))
@@ -63,7 +63,7 @@ def following(
         events=events,
         health=health,
         stop=stop,
-        limits=Limits(**limits),
+        limits=limits,
         apply_reset=lambda: None,
     )
     assert tailer._become_owner()

@@ -12,7 +12,7 @@ def rows(dsn: str, statement: str, *parameters: object) -> list[dict[str, Any]]:
     """All rows of a query in schema billing."""
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
         connection.execute("set search_path to billing")
-        return connection.execute(statement, parameters).fetchall()  # type: ignore[arg-type]
+        return connection.execute(statement, parameters).fetchall()
 
 
 def count(dsn: str, table: str) -> int:
