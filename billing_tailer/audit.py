@@ -14,6 +14,7 @@ Holds LITELLM_IS_USAGE_TRUTH for its part: the cost header goes into `header_cos
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -67,17 +68,33 @@ class _Bad(Exception):
 def routes(patterns: Iterable[str]) -> Routes:
     """Compile route globs (`chat/completions`, `images/*`) into a test on a request URI.
 
-    The query is cut off, the path is unquoted and repeated or trailing slashes are dropped, as LiteLLM's own routing
-    would see it: an odd spelling of a path must not hide a call. `/v1/` in front is optional.
+    The query is cut off, the path is unquoted, repeated or trailing slashes are dropped and `.` and `..` resolved, as
+    LiteLLM's own routing or a proxy in between would see it: an odd spelling of a path must not hide a call. `/v1/` in
+    front is optional.
     """
     globs = "|".join(translate(pattern.strip("/")) for pattern in patterns)
     pattern = re.compile(rf"(?:v1/)?(?:{globs})")
 
-    @lru_cache(maxsize=4096)
+    def look(uri: str) -> bool:
+        return pattern.fullmatch(_resolved(path_of(uri))) is not None
+
+    remembered = lru_cache(maxsize=4096)(look)
+
     def is_llm_route(uri: str) -> bool:
-        return pattern.fullmatch("/".join(part for part in path_of(uri).split("/") if part)) is not None
+        # clients choose their URIs: only short ones are remembered, or thousands of long ones would fill the memory
+        return remembered(uri) if len(uri) <= ID_CHARS_MAX else look(uri)
 
     return is_llm_route
+
+
+def _resolved(path: str) -> str:
+    kept: list[str] = []
+    for part in path.split("/"):
+        if part == "..":
+            del kept[-1:]
+        elif part not in ("", "."):
+            kept.append(part)
+    return "/".join(kept)
 
 
 def path_of(uri: str) -> str:
@@ -183,7 +200,11 @@ def _load(line: bytes) -> dict[str, Any] | None:
         raise _Bad(DeadLetterReason.NOT_AN_OBJECT, f"a JSON {type(fields).__name__} where an object belongs")
     # nginx writes compact JSON, so that the round trip is nearly always the same bytes and this costs half a
     # microsecond; where it is not, look closely: of two values under one key, neither can be trusted
-    if orjson.dumps(fields) != line:
+    try:
+        compact = orjson.dumps(fields) == line
+    except orjson.JSONEncodeError as error:  # it reads deeper nesting than it writes
+        raise _Bad(DeadLetterReason.INVALID_JSON, f"nested too deeply: {error}") from None
+    if not compact:
         _refuse_duplicate_keys(line)
     return fields
 
@@ -203,8 +224,7 @@ def _refuse_duplicate_keys(line: bytes) -> None:
 
     def pairs(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         if len(items) != len({key for key, _ in items}):
-            keys = [key for key, _ in items]
-            duplicate.append(next(key for key in keys if keys.count(key) > 1))
+            duplicate.append(Counter(key for key, _ in items).most_common(1)[0][0])
         return {}
 
     try:
@@ -260,7 +280,7 @@ def _status(fields: dict[str, Any]) -> int:
     value = fields.get("status")
     if type(value) is int:
         value = f"{value:03d}"
-    if value is None:
+    if value in (None, "", "-"):
         raise _Bad(DeadLetterReason.MISSING_FIELD, "status: not in the line; add it to nginx's log_format")
     if type(value) is not str or not _STATUS.fullmatch(value):
         raise _bad_value("status", value)
@@ -294,8 +314,8 @@ def _occurred_at(fields: dict[str, Any]) -> datetime:
     if type(msec) is str and _MSEC.fullmatch(msec):
         seconds, _, fraction = msec.partition(".")
         return _EPOCH + timedelta(seconds=int(seconds), microseconds=int(fraction.ljust(6, "0")) if fraction else 0)
-    if msec is None or msec == "":
-        if "time" not in fields:
+    if msec in (None, "", "-"):
+        if fields.get("time") in (None, "", "-"):
             raise _Bad(DeadLetterReason.MISSING_FIELD, "msec: not in the line; add it to nginx's log_format")
         return _time_of(fields["time"], "time")
     raise _bad_value("msec", msec)
@@ -329,10 +349,11 @@ def _metadata(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _soft_id(value: object) -> str | None:
-    """An attribute; dropped where the client sent what cannot be one."""
-    if type(value) is not str or value in ("", "-") or len(value) > ID_CHARS_MAX or "\0" in value:
+    """An attribute; dropped where the client sent what cannot be one. What was not UTF-8 is none: two accounts must not
+    become one because the same replacement characters stand in both."""
+    if type(value) is not str or value in ("", "-") or len(value) > ID_CHARS_MAX:
         return None
-    return value
+    return None if "\0" in value or "\N{REPLACEMENT CHARACTER}" in value else value
 
 
 def _attempt(value: object) -> int | None:
@@ -342,7 +363,10 @@ def _attempt(value: object) -> int | None:
 
 
 def _soft_number(value: object) -> Decimal | None:
-    """A decimal between 0 and 10^20, as exact as the text; None for anything else (NaN, 1e400, "-0.5")."""
+    """A decimal from 0 to below 10^20, as exact as the text; None for anything else (NaN, 1e400, "-0.5")."""
     if type(value) in (int, float):
         value = repr(value)
-    return Decimal(value) if type(value) is str and _NUMBER.fullmatch(value) else None
+    if type(value) is not str or not _NUMBER.fullmatch(value):
+        return None
+    number = Decimal(value)
+    return number if number < 10**20 else None

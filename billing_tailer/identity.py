@@ -34,7 +34,8 @@ class Matching:
     copies: list[SeenFile] = field(default_factory=list)
     """Not read while the original is there."""
     unread: list[SeenFile] = field(default_factory=list)
-    """Not read because the generation they belong to is blocked, or because they cannot be opened."""
+    """Not read because the generation they belong to is blocked, because they cannot be opened, or because a scan that
+    did not see everything cannot tell whether they are new."""
     new: list[SeenFile] = field(default_factory=list)
     ended: dict[int, Gap | None] = field(default_factory=dict)
     blocked: dict[int, BlockReason] = field(default_factory=dict)
@@ -52,7 +53,9 @@ def match(known: Sequence[Position], seen: Iterable[SeenFile], judge: Judge, *, 
     displaced: dict[int, GapReason] = {}
     loose: list[Position] = []
     for position in sorted(known, key=lambda p: -p.file_id):
-        file = files.pop(position.locator, None)
+        # what ended before anything was committed has no content to be known by, and would agree with any file
+        ended_empty = position.state is FileState.FINAL and position.committed_offset == 0
+        file = None if ended_empty else files.pop(position.locator, None)
         if file is None:
             loose.append(position)
             continue
@@ -135,9 +138,14 @@ def _settle_the_rest(
             result.ended[position.file_id] = None if elsewhere else lost(position, displaced[position.file_id])
     if complete:
         result.new.extend(files.values())
-    else:
-        held_back = {p.locator for p in loose if p.file_id in displaced}
-        result.new.extend(file for locator, file in files.items() if locator not in held_back)
+        return
+    content = [position for position in loose if position.committed_offset > 0]
+    for locator, file in files.items():
+        held_back = any(position.locator == locator and position.file_id in displaced for position in loose)
+        if held_back or any(judge(position, file) is Verdict.AGREES for position in content):
+            result.unread.append(file)
+        else:
+            result.new.append(file)
 
 
 def lost(position: Position, reason: GapReason) -> Gap:

@@ -135,7 +135,7 @@ def take_lines(
 def take_long_line(position: Position, line: LongLine, size: int) -> FileWork:
     """An ended over-long line as one dead letter, in a row of its own."""
     detail = f"{line.scanned} bytes"
-    raw = line.raw if position.dead_letter_bytes < RAW_BYTES_MAX_PER_FILE else b""
+    raw = line.raw[: _room(position.dead_letter_bytes)]
     end = line.start_offset + line.scanned
     letter = DeadLetter(
         position.file_id,
@@ -168,10 +168,18 @@ def build(works: Sequence[FileWork]) -> Plan:
 def without_refused(plan: Plan, letters: Mapping[int, DeadLetter]) -> Plan:
     """The plan with the facts at these indexes as dead letters: one bad row costs one dead letter, not its batch."""
     refused: Counter[int] = Counter(plan.facts[index].file_id for index in letters)
+    kept = {step.position.file_id: step.dead_letter_bytes for step in plan.steps}
+    bounded: list[DeadLetter] = []
+    for letter in letters.values():
+        bounded.append(replace(letter, raw=letter.raw[: _room(kept[letter.file_id])]))
+        kept[letter.file_id] += len(bounded[-1].raw)
     return Plan(
-        steps=tuple(_recount(step, refused[step.position.file_id]) for step in plan.steps),
+        steps=tuple(
+            replace(_recount(step, refused[step.position.file_id]), dead_letter_bytes=kept[step.position.file_id])
+            for step in plan.steps
+        ),
         facts=tuple(fact for index, fact in enumerate(plan.facts) if index not in letters),
-        dead_letters=(*plan.dead_letters, *letters.values()),
+        dead_letters=(*plan.dead_letters, *bounded),
         overlapping=plan.overlapping,
     )
 
@@ -188,9 +196,14 @@ def _outcome(line: bytes, parse: Parse, line_bytes_max: int) -> UsageFact | Skip
     return parse(line)
 
 
+def _room(kept_bytes: int) -> int:
+    """How many more bytes a file's dead letters may keep."""
+    return max(0, RAW_BYTES_MAX_PER_FILE - kept_bytes)
+
+
 def _dead_letter(file_id: int, start: int, line: bytes, rejected: Rejected, kept_bytes: int) -> DeadLetter:
     raw_max = RAW_BYTES_MAX_TOO_LONG if rejected.reason is DeadLetterReason.TOO_LONG else RAW_BYTES_MAX
-    raw = line[:raw_max] if kept_bytes < RAW_BYTES_MAX_PER_FILE else b""
+    raw = line[: min(raw_max, _room(kept_bytes))]
     return DeadLetter(
         file_id, start, start + len(line), rejected.reason, rejected.detail, raw, hashlib.sha256(line).digest()
     )

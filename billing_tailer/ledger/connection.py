@@ -12,7 +12,7 @@ import psycopg
 from psycopg import errors as pg
 from psycopg import sql
 
-from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, RowRejected, TailerError
+from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, RowRejected, TailerError
 from billing_tailer.ledger.sqlfile import QUERIES, migrations
 
 CONNECT_TIMEOUT_SECONDS = 3
@@ -34,6 +34,8 @@ def wrapped() -> Iterator[None]:
     try:
         yield
     except pg.UniqueViolation as error:
+        if (error.diag.table_name or "").startswith(("tail_", "log_")):
+            raise PositionMoved(_first_line(error)) from error
         raise Overlap(_first_line(error)) from error
     except pg.InsufficientPrivilege as error:
         raise ConfigError(
@@ -83,11 +85,15 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
             keepalives_count=3,
             application_name=application_name,
         )
-        connection.execute(
-            "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
-            "set_config('timezone', 'UTC', false)",
-            (sql.Identifier(schema).as_string(connection), f"{STATEMENT_TIMEOUT_SECONDS}s"),
-        )
+        try:
+            connection.execute(
+                "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
+                "set_config('timezone', 'UTC', false)",
+                (sql.Identifier(schema).as_string(connection), f"{STATEMENT_TIMEOUT_SECONDS}s"),
+            )
+        except psycopg.Error:
+            connection.close()
+            raise
     return connection
 
 

@@ -22,7 +22,7 @@ from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 from tenacity import RetryError, Retrying, retry_if_exception_type, wait_exponential_jitter
 
-from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved
+from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, TailerError
 from billing_tailer.ledger.connection import Connection, connect, lock_key, query, require_schema, wrapped
 from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
 from billing_tailer.model import (
@@ -182,7 +182,7 @@ class Ledger:
                 assert row is not None
                 self._backend = (row[0], row[1])
             self._prove_lock()
-        except LedgerUnavailable as error:
+        except TailerError as error:
             self.trouble = error.message
             self.close()
             raise
