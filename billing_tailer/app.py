@@ -1,197 +1,227 @@
-"""Composition root of the daemon: puts the rooms together, runs the loop, ends in time."""
+"""Composition root of the daemon: puts the rooms together, runs the loop, ends in time.
+
+However the loop hangs, the process ends within five seconds of SIGTERM, and never goes on without its side tasks
+(tests/test_app.py::test_sigterm_while_postgres_hangs_in_commit, ::test_the_http_thread_dies,
+::test_the_embedded_postgres_dies).
+"""
 
 import os
+import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Self
 
 from billing_tailer import __version__, audit
 from billing_tailer.embedded import EmbeddedPostgres, attach, default_data_dir
-from billing_tailer.errors import ConfigError, TailerError
+from billing_tailer.errors import ConfigError, LedgerUnavailable, TailerError
 from billing_tailer.events import Events, configure_logging
-from billing_tailer.files import LogFiles, escape_path
+from billing_tailer.files import LogFiles
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger, migrate
-from billing_tailer.resets import newest_at, plan_reset
-from billing_tailer.settings import OffsetReset, Settings, effective
-from billing_tailer.tailer import Limits, Tailer
+from billing_tailer.reader import Limits, Reader
+from billing_tailer.resets import OrderedReset
+from billing_tailer.settings import Settings, effective
+from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
 
-ABORT_SECONDS = 3.5
-"""After SIGTERM a hanging transaction is cut after this time, so that the process ends within five seconds."""
+ABORT_SECONDS = 3.0
+"""So long after SIGTERM a hanging transaction is cut."""
+EXIT_SECONDS = 4.5
+"""So long after SIGTERM the process ends whatever hangs: what is not committed is read again."""
+WATCH_SECONDS = 0.5
+MIGRATE_RETRY_SECONDS = 1.0
+
+
+class Ending:
+    """How the process ends: by a signal, or because a side task has died. One thread waits for both.
+
+    A signal handler runs in the middle of whatever the main thread does: setting an Event there would wait for ever
+    for a lock that the main thread holds. `SimpleQueue.put` is made for that; the thread does the rest.
+    """
+
+    def __init__(self, wake: Callable[[], None], events: Events) -> None:
+        """wake: makes the loop look at `stop`."""
+        self.stop = threading.Event()
+        self.abort: Callable[[], None] = lambda: None
+        """Cuts a hanging transaction. Called from another thread."""
+        self.died: str | None = None
+        self._wake = wake
+        self._events = events
+        self._requests: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._signalled = False
+        self._over = threading.Event()
+        self._watched: dict[str, Callable[[], bool]] = {}
+        self._thread = threading.Thread(target=self._wait, name="ending", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if error is None and self.died is not None:
+            raise TailerError(f"{self.died} has died", "see the log above; a supervisor should start the process again")
+
+    @contextmanager
+    def watching(self, name: str, alive: Callable[[], bool]) -> Iterator[None]:
+        """End the process if a side task dies in here."""
+        self._watched[name] = alive
+        try:
+            yield
+        finally:
+            self._watched.pop(name)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        """First SIGTERM or SIGINT: finish or roll back the batch and end. Second: die at once."""
+        if self._signalled:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signalled = True
+        self._requests.put(number)
+
+    def _wait(self) -> None:
+        while not self._over.is_set() and self.died is None:
+            try:
+                number = self._requests.get(timeout=WATCH_SECONDS)
+                self._events.info("stopping", signal=signal.Signals(number).name)
+                break
+            except queue.Empty:
+                dead = (name for name, alive in list(self._watched.items()) if not alive())
+                self.died = next(dead, None)
+                if self.died is not None:
+                    self._events.error("side_task.died", name=self.died)
+        self.stop.set()
+        self._wake()
+        if self._over.wait(ABORT_SECONDS):
+            return
+        self._events.warning("stopping.abort", message="the transaction does not end: its connection is cut")
+        self.abort()
+        if self._over.wait(EXIT_SECONDS - ABORT_SECONDS):
+            return
+        self._events.error("stopping.forced", message="the process hangs: what is not committed will be read again")
+        os._exit(0 if self.died is None else 1)
 
 
 def run(settings: Settings) -> int:
     """The daemon, until SIGTERM or SIGINT. Returns the exit code; raises TailerError."""
     configure_logging(settings.log_level, settings.log_format)
-    events, health, stop, wake = Events(), Health(), threading.Event(), Wake()
+    events, health, wake = Events(), Health(), Wake()
     events.info("starting", version=__version__, settings=effective(settings))
     files = LogFiles(settings.audit_globs, settings.open_files_max)
     files.require_mounts()
     http = HttpServer(settings.http_host, settings.http_port, events, health)
-    http.start()
-    with _database(settings, events.info) as dsn:
-        ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=stop)
-        with _signals(stop, wake, ledger.abort, events):
-            watchdog = _watch_side_task(http, stop, wake)
-            try:
-                _follow(settings, files, ledger, events, health, stop, wake)
-            finally:
-                wake.stop()
-                ledger.close()
-                files.close()
-    died = watchdog.is_set()
-    http.stop()
-    if died:
-        raise TailerError("the HTTP thread has died", "see the log above; a supervisor should start the process again")
+    with Ending(wake.set, events) as ending:
+        http.start()
+        try:
+            with ending.watching("the HTTP thread", http.alive), _database(settings, ending, events) as dsn:
+                _follow(settings, dsn, files, events, health, ending, wake)
+        finally:
+            http.stop()
+            wake.stop()
+            files.close()
     events.info("stopped")
     return 0
 
 
 def _follow(
-    settings: Settings,
-    files: LogFiles,
-    ledger: Ledger,
-    events: Events,
-    health: Health,
-    stop: threading.Event,
-    wake: Wake,
+    settings: Settings, dsn: str, files: LogFiles, events: Events, health: Health, ending: Ending, wake: Wake
 ) -> None:
+    ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
+    ending.abort = ledger.abort
     follower = Follower(files, ledger, events, health, start_at_end=settings.start_at == "end")
+    limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
+    parse = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
     tailer = Tailer(
         files=files,
         ledger=ledger,
         follower=follower,
-        parse=partial(audit.parse, is_llm_route=audit.routes(settings.llm_routes)),
+        reader=Reader(files, parse, limits),
         wake=wake,
         events=events,
         health=health,
-        stop=stop,
-        limits=Limits(
-            settings.poll_interval_seconds,
-            settings.batch_lines_max,
-            settings.batch_bytes_max,
-            settings.line_bytes_max,
-        ),
-        apply_reset=partial(_apply_reset, settings, ledger, files, events, health),
+        stop=ending.stop,
+        poll_interval_seconds=settings.poll_interval_seconds,
+        reset=OrderedReset(settings.offset_reset, settings.offset_reset_id, ledger, files, events, health),
     )
+    _migrate(settings, dsn, follower, events, health, ending)
     wake.start()
     if wake.trouble:
         events.warning("inotify.unavailable", trouble=wake.trouble, message="the poll interval does the work")
-    tailer.run()
+    try:
+        tailer.run()
+    finally:
+        ledger.close()
 
 
-def _apply_reset(settings: Settings, ledger: Ledger, files: LogFiles, events: Events, health: Health) -> None:
-    """OFFSET_RESET, once per OFFSET_RESET_ID."""
-    wanted, reset_id = settings.offset_reset, settings.offset_reset_id
-    if wanted is None or reset_id is None:
+def _migrate(settings: Settings, dsn: str, follower: Follower, events: Events, health: Health, ending: Ending) -> None:
+    """Apply the migrations where that is ours to do, however long Postgres is away."""
+    if settings.uses_embedded_postgres:
+        owner = dsn
+    elif settings.migrate_database_url is not None:
+        owner = settings.migrate_database_url.get_secret_value()
+    else:
         return
-    request = OffsetReset(escape_path(os.fsencode(wanted.path)), wanted.target)
-    if ledger.reset_applied(reset_id, str(request)):
-        events.info("offset.reset_known", reset_id=reset_id, requested=str(request), message="applied before: no-op")
-        return
-    position = newest_at(ledger.positions(), request.path)
-    if position is None:
-        health.say("reset", [f"OFFSET_RESET {request}: nothing is known of {request.path} yet; the id is not used up"])
-        events.warning("offset.reset_pending", reset_id=reset_id, requested=str(request))
-        return
-    reset = plan_reset(
-        request,
-        position,
-        files,
-        ledger.range_start,
-        reset_id=reset_id,
-        source="env",
-        reason="BILLING_TAILER_OFFSET_RESET",
-    )
-    ledger.reset(reset)
-    events.reset(
-        "env",
-        reset_id=reset_id,
-        path=position.path,
-        file_id=position.file_id,
-        old_offset=position.committed_offset,
-        new_offset=reset.place.offset,
-    )
+    while not ending.stop.is_set():
+        health.tick()
+        try:
+            applied = migrate(owner, settings.db_schema)
+        except LedgerUnavailable as error:
+            health.say("ledger", [f"migrating: {error.message}"])
+            events.warning("migrate.waiting", message=error.message)
+            follower.show(time.time(), waiting=True)
+            ending.stop.wait(MIGRATE_RETRY_SECONDS)
+        else:
+            events.info("migrated", applied=applied)
+            return
 
 
 @contextmanager
-def _database(settings: Settings, report: Callable[..., None]) -> Iterator[str]:
-    """The DSN to write to; starts the embedded Postgres where none is given, and migrates where that is ours to do."""
+def _database(settings: Settings, ending: Ending, events: Events) -> Iterator[str]:
+    """The DSN to write to; starts the embedded Postgres where none is given."""
     if not settings.uses_embedded_postgres:
-        if settings.database_url is None:
-            raise ConfigError(
-                "BILLING_TAILER_MIGRATE_DATABASE_URL is set, but BILLING_TAILER_DATABASE_URL is not",
-                "set both: the first with the owner's role, the second with the daemon's",
-            )
-        if settings.migrate_database_url is not None:
-            applied = migrate(settings.migrate_database_url.get_secret_value(), settings.db_schema)
-            report("migrated", applied=applied)
-        yield settings.database_url.get_secret_value()
+        yield _given_dsn(settings)
         return
     data_dir = settings.data_dir or default_data_dir(os.environ)
-    with EmbeddedPostgres(data_dir, settings.postgres_bin) as postgres:
-        dsn = postgres.dsn
-        report("postgres.embedded", data_dir=str(data_dir), dsn=dsn)
-        migrate(dsn, settings.db_schema)
-        yield dsn
+    with (
+        EmbeddedPostgres(data_dir, settings.postgres_bin) as postgres,
+        ending.watching("the embedded Postgres", postgres.alive),
+    ):
+        events.info("postgres.embedded", data_dir=str(data_dir), dsn=postgres.dsn)
+        yield postgres.dsn
+
+
+def _given_dsn(settings: Settings) -> str:
+    if settings.database_url is None:
+        raise ConfigError(
+            "BILLING_TAILER_MIGRATE_DATABASE_URL is set, but BILLING_TAILER_DATABASE_URL is not",
+            "set both: the first with the owner's role, the second with the daemon's",
+        )
+    return settings.database_url.get_secret_value()
 
 
 @contextmanager
 def database_for_verbs(settings: Settings) -> Iterator[str]:
     """The DSN for a verb: the one given, else that of a running daemon's embedded Postgres, else a started one."""
-    if settings.uses_embedded_postgres:
-        running = attach(settings.data_dir or default_data_dir(os.environ))
-        if running is not None:
-            yield running
-            return
-    elif settings.database_url is not None:
-        yield settings.database_url.get_secret_value()
+    if not settings.uses_embedded_postgres:
+        yield _given_dsn(settings)
         return
-    with _database(settings, lambda *_, **__: None) as dsn:
-        yield dsn
-
-
-@contextmanager
-def _signals(stop: threading.Event, wake: Wake, abort: Callable[[], None], events: Events) -> Iterator[None]:
-    """First SIGTERM or SIGINT: finish or roll back the batch and end. Second: die at once."""
-    timer = threading.Timer(ABORT_SECONDS, abort)
-    timer.daemon = True
-
-    def on_signal(number: int, _: FrameType | None) -> None:
-        if stop.is_set():
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        stop.set()
-        wake.set()
-        timer.start()
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        timer.cancel()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stop.is_set():
-        events.info("stopping")
-
-
-def _watch_side_task(http: HttpServer, stop: threading.Event, wake: Wake) -> threading.Event:
-    """Stops the loop when the HTTP thread dies; returns the event that tells that it did."""
-    died = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.5):
-            if not http.alive():
-                died.set()
-                stop.set()
-                wake.set()
-
-    threading.Thread(target=watch, name="side-task-watch", daemon=True).start()
-    return died
+    data_dir = settings.data_dir or default_data_dir(os.environ)
+    running = attach(data_dir)
+    if running is not None:
+        yield running
+        return
+    with EmbeddedPostgres(data_dir, settings.postgres_bin) as postgres:
+        migrate(postgres.dsn, settings.db_schema)
+        yield postgres.dsn

@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from fnmatch import translate
 from functools import lru_cache
@@ -32,6 +32,7 @@ ID_CHARS_MAX = 256
 TEXT_CHARS_MAX = 2048
 """Longest other text that is kept, such as a path."""
 DETAIL_CHARS_MAX = 300
+DECIMAL_CHARS_MAX = 64
 
 REQUIRED_FIELDS = (
     "run_id",
@@ -46,12 +47,13 @@ REQUIRED_FIELDS = (
 """Fields every line of a call must have (they may be empty), beside `method`, `uri`, `status` and `msec` or `time`.
 The older format, known by its `ts` and the absence of `method` and `uri`, needs only its own."""
 
-Routes = Callable[[str], bool]
+Routes = Callable[[str], str | None]
+"""A request URI -> the path of an LLM route, None for any other URI."""
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MSEC = re.compile(r"[0-9]{9,10}(?:\.[0-9]{1,6})?", re.ASCII)
-_STATUS = re.compile(r"[0-9]{3}", re.ASCII)
+_STATUSES = {f"{status:03d}": status for status in range(1000)}
 _NUMBER = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
+_REQUIRED = frozenset(REQUIRED_FIELDS)
 _UNFORWARDED = frozenset({401, 403, 404, 405})
 _SKIP_ROUTE = Skip(SkipReason.NOT_LLM_ROUTE)
 _SKIP_REJECTED = Skip(SkipReason.REJECTED_BEFORE_LLM)
@@ -75,16 +77,19 @@ def routes(patterns: Iterable[str]) -> Routes:
     globs = "|".join(translate(pattern.strip("/")) for pattern in patterns)
     pattern = re.compile(rf"(?:v1/)?(?:{globs})")
 
-    def look(uri: str) -> bool:
-        return pattern.fullmatch(_resolved(path_of(uri))) is not None
+    def look(uri: str) -> str | None:
+        path = path_of(uri)
+        if pattern.fullmatch(_resolved(path)) is None:
+            return None
+        return path[:TEXT_CHARS_MAX].replace("\0", "\N{REPLACEMENT CHARACTER}")
 
     remembered = lru_cache(maxsize=4096)(look)
 
-    def is_llm_route(uri: str) -> bool:
+    def llm_path(uri: str) -> str | None:
         # clients choose their URIs: only short ones are remembered, or thousands of long ones would fill the memory
         return remembered(uri) if len(uri) <= ID_CHARS_MAX else look(uri)
 
-    return is_llm_route
+    return llm_path
 
 
 def _resolved(path: str) -> str:
@@ -105,7 +110,7 @@ def path_of(uri: str) -> str:
     return unquote(path, errors="replace")
 
 
-def parse(line: bytes, is_llm_route: Routes) -> UsageFact | Skip | Rejected:
+def parse(line: bytes, llm_path: Routes) -> UsageFact | Skip | Rejected:
     """One line without its newline -> its outcome. Never raises, whatever the bytes are."""
     try:
         fields = _load(line)
@@ -114,20 +119,19 @@ def parse(line: bytes, is_llm_route: Routes) -> UsageFact | Skip | Rejected:
         if "ts" in fields and "method" not in fields and "uri" not in fields:
             return _parse_older(fields, line)
         method, uri = _present(fields, "method"), _present(fields, "uri")
-        if method != "POST" or uri is None or not is_llm_route(uri):
-            return _SKIP_ROUTE
-        return _parse_call(fields, line, uri)
+        path = llm_path(uri) if method == "POST" and uri is not None else None
+        return _SKIP_ROUTE if path is None else _parse_call(fields, line, path)
     except _Bad as bad:
         return bad.rejected
 
 
-def _parse_call(fields: dict[str, Any], line: bytes, uri: str) -> UsageFact | Skip:
-    for name in REQUIRED_FIELDS:
-        if name not in fields:
-            raise _Bad(DeadLetterReason.MISSING_FIELD, f"{name}: not in the line; add it to nginx's log_format")
+def _parse_call(fields: dict[str, Any], line: bytes, path: str) -> UsageFact | Skip:
+    if not fields.keys() >= _REQUIRED:
+        name = next(name for name in REQUIRED_FIELDS if name not in fields)
+        raise _Bad(DeadLetterReason.MISSING_FIELD, f"{name}: not in the line; add it to nginx's log_format")
     status = _status(fields)
     echoed_id = _id(fields, "litellm_call_id")
-    if _rejected_before_llm(fields, status, echoed_id is not None):
+    if status >= 400 and _rejected_before_llm(fields, status, echoed_id is not None):
         return _SKIP_REJECTED
     request_id = _id(fields, "nginx_request_id")
     proxy_id = _id(fields, "call_id")
@@ -143,7 +147,7 @@ def _parse_call(fields: dict[str, Any], line: bytes, uri: str) -> UsageFact | Sk
         graph_id=_soft_id(metadata.get("graph_id")),
         billing_account_id=_soft_id(fields.get("end_user")),
         method="POST",
-        path=path_of(uri)[:TEXT_CHARS_MAX].replace("\0", "\N{REPLACEMENT CHARACTER}"),
+        path=path,
         status=status,
         request_completed=fields["request_completion"] == "OK",
         provenance="stream" if content_type.startswith("text/event-stream") else "response",
@@ -255,6 +259,10 @@ def _bad_value(name: str, value: object) -> _Bad:
 def _id(fields: dict[str, Any], name: str) -> str | None:
     """An id that may become the key of a call."""
     value = fields.get(name)
+    if type(value) is str and 1 < len(value) <= ID_CHARS_MAX and value.isascii() and value.isprintable():
+        if " " in value:
+            raise _bad_value(name, value)
+        return value
     if value is None or value in ("", "-"):
         return None
     if (
@@ -282,14 +290,15 @@ def _status(fields: dict[str, Any]) -> int:
         value = f"{value:03d}"
     if value in (None, "", "-"):
         raise _Bad(DeadLetterReason.MISSING_FIELD, "status: not in the line; add it to nginx's log_format")
-    if type(value) is not str or not _STATUS.fullmatch(value):
+    status = _STATUSES.get(value) if type(value) is str else None
+    if status is None:
         raise _bad_value("status", value)
-    return int(value)
+    return status
 
 
 def _rejected_before_llm(fields: dict[str, Any], status: int, id_echoed: bool) -> bool:
     """True where LiteLLM never worked on the request. 499 and 504 are calls: LiteLLM goes on and charges."""
-    if id_echoed or status in (499, 504) or status < 400:
+    if id_echoed or status in (499, 504):
         return False
     if status in _UNFORWARDED:
         return True
@@ -312,13 +321,18 @@ def _last(text: str | None) -> str:
 def _occurred_at(fields: dict[str, Any]) -> datetime:
     msec = fields.get("msec")
     if type(msec) is str and _MSEC.fullmatch(msec):
-        seconds, _, fraction = msec.partition(".")
-        return _EPOCH + timedelta(seconds=int(seconds), microseconds=int(fraction.ljust(6, "0")) if fraction else 0)
+        return _at(msec)
     if msec in (None, "", "-"):
         if fields.get("time") in (None, "", "-"):
             raise _Bad(DeadLetterReason.MISSING_FIELD, "msec: not in the line; add it to nginx's log_format")
         return _time_of(fields["time"], "time")
     raise _bad_value("msec", msec)
+
+
+def _at(seconds: str) -> datetime:
+    """Seconds since the epoch with at most six decimals. A float is exact enough: at this size its neighbours are a
+    quarter of a microsecond apart, and the result is rounded to the nearest microsecond."""
+    return datetime.fromtimestamp(float(seconds), UTC)
 
 
 def _time_of(value: object, name: str) -> datetime:
@@ -327,7 +341,7 @@ def _time_of(value: object, name: str) -> datetime:
     if type(text) is not str:
         raise _bad_value(name, value)
     if _MSEC.fullmatch(text):
-        return _EPOCH + timedelta(microseconds=int(Decimal(text) * 1_000_000))
+        return _at(text)
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
@@ -366,7 +380,10 @@ def _soft_number(value: object) -> Decimal | None:
     """A decimal from 0 to below 10^20, as exact as the text; None for anything else (NaN, 1e400, "-0.5")."""
     if type(value) in (int, float):
         value = repr(value)
-    if type(value) is not str or not _NUMBER.fullmatch(value):
-        return None
-    number = Decimal(value)
-    return number if number < 10**20 else None
+    return _decimal(value) if type(value) is str and len(value) <= DECIMAL_CHARS_MAX else None
+
+
+@lru_cache(maxsize=4096)
+def _decimal(text: str) -> Decimal | None:
+    number = Decimal(text) if _NUMBER.fullmatch(text) else None
+    return number if number is not None and number < 10**20 else None

@@ -36,13 +36,17 @@ def _check_files(settings: Settings) -> list[Finding]:
         files.require_mounts()
     except TailerError as error:
         return [Finding(False, "log volume", error.message, error.hint)]
-    seen = files.scan().files
+    scan = files.scan()
+    seen = scan.files
+    findings = [
+        Finding(False, "log volume", problem, "mount it, or make it readable for this user")
+        for problem in scan.problems
+    ]
     if not seen:
         globs = ", ".join(settings.audit_globs)
-        return [
-            Finding(False, "log files", f"no file matches {globs}", "send a request through the proxy; see AUDIT_GLOBS")
-        ]
-    findings = [Finding(True, "log files", f"{len(seen)} match")]
+        hint = "send a request through the proxy; see AUDIT_GLOBS"
+        return [*findings, Finding(False, "log files", f"no file matches {globs}", hint)]
+    findings.append(Finding(True, "log files", f"{len(seen)} match"))
     for file in seen:
         try:
             findings.extend(_check_format(settings, files, file))
@@ -59,8 +63,8 @@ def _check_format(settings: Settings, files: LogFiles, file: SeenFile) -> list[F
     """Parse the end of a file as the daemon would."""
     end = files.after_last_newline(file)
     sample = files.read_at(file, max(0, end - SAMPLE_BYTES), min(end, SAMPLE_BYTES))
-    lines = sample.splitlines()[1 if end > SAMPLE_BYTES else 0 :]
-    parse = partial(audit.parse, is_llm_route=audit.routes(settings.llm_routes))
+    lines = sample.split(b"\n")[1 if end > SAMPLE_BYTES else 0 : -1]  # only a newline ends a line
+    parse = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
     bad = [outcome for outcome in map(parse, lines) if isinstance(outcome, Rejected)]
     if not bad:
         return [Finding(True, "log format", f"{file.path}: the last {len(lines)} lines are understood")]

@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 failed or unhealthy, 2 usage or configuration, 3 another own
 
 import json
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,19 +13,20 @@ from datetime import datetime
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from billing_tailer import __version__
 from billing_tailer import app as daemon
 from billing_tailer.checks import run_checks
-from billing_tailer.errors import ConfigError, TailerError
+from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, TailerError
 from billing_tailer.files import LogFiles
-from billing_tailer.ledger import Reports, reports
+from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.model import FileState, Position
 from billing_tailer.resets import newest_at, parse_request, plan_reset
-from billing_tailer.settings import Settings, load
+from billing_tailer.settings import OffsetReset, Settings, load
+
+RESET_SECONDS_MAX = 10.0
+"""How long `offsets reset` competes with a busy daemon."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Reason = Annotated[str, typer.Option(help="Why; kept with the change.")]
@@ -140,29 +142,44 @@ def offsets_reset(
     """Read a file again from somewhere, or skip a part of it (declared as a gap). A running daemon adopts it."""
     settings = load()
     wanted = parse_request(request)
+    if not reason.strip():
+        raise ConfigError("--reason is empty", "say why the offset is moved: it is kept with the change")
     with _reports(settings) as ledger:
-        position = newest_at(ledger.positions(), wanted.path)
-        if position is None:
-            raise ConfigError(f"nothing is known of {wanted.path}", "see `billing-tailer files` for the known paths")
-        log_files = LogFiles(settings.audit_globs, settings.open_files_max)
-        reset_id = f"cli-{uuid.uuid4()}"
-        reset = plan_reset(
-            wanted, position, log_files, ledger.range_start, reset_id=reset_id, source="cli", reason=reason
-        )
-        if not dry_run:
-            ledger.reset(reset)
+        reset = _reset(settings, ledger, wanted, reason, dry_run=dry_run)
     answer = {
-        "reset_id": None if dry_run else reset_id,
+        "reset_id": None if dry_run else reset.reset_id,
         "applied": not dry_run,
-        "path": position.path,
-        "file_id": position.file_id,
-        "old_offset": position.committed_offset,
+        "path": reset.position.path,
+        "file_id": reset.position.file_id,
+        "old_offset": reset.position.committed_offset,
         "new_offset": reset.place.offset,
     }
     if as_json:
         print(json.dumps(answer))
     else:
         _print_pairs(answer)
+
+
+def _reset(settings: Settings, ledger: Reports, wanted: OffsetReset, reason: str, *, dry_run: bool) -> Reset:
+    """Plan and apply a reset, again and again while a busy daemon moves the offset in between."""
+    log_files = LogFiles(settings.audit_globs, settings.open_files_max)
+    words = {"reset_id": f"cli-{uuid.uuid4()}", "source": "cli", "reason": reason}
+    deadline = time.monotonic() + RESET_SECONDS_MAX
+    while True:
+        position = newest_at(ledger.positions(), wanted.path)
+        if position is None:
+            raise ConfigError(f"nothing is known of {wanted.path}", "see `billing-tailer files` for the known paths")
+        reset = plan_reset(wanted, position, log_files, ledger.range_start, **words)
+        if dry_run:
+            return reset
+        try:
+            ledger.reset(reset)
+        except (PositionMoved, LedgerUnavailable) as error:
+            moved = isinstance(error, PositionMoved) or reason_of(error) == "deadlock_detected"
+            if not moved or time.monotonic() > deadline:
+                raise
+        else:
+            return reset
 
 
 @dead_letters.command("list")
@@ -243,13 +260,25 @@ def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -
     if as_json:
         print(json.dumps(rows))
         return
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    Console().print(table, markup=False, highlight=False) if rows else print("none")
+    if not rows:
+        print("none")
+        return
+    # not rich's Table, which cuts paths to fit 80 columns where there is no terminal
+    table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    for cells in table:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def _print_pairs(pairs: dict[str, Any]) -> None:
     width = max(map(len, pairs))
     for key, value in pairs.items():
-        print(f"{key:<{width}}  {'-' if value is None else value}")
+        print(f"{key:<{width}}  {_text(value)}")
+
+
+def _text(value: Any) -> str:
+    """A value for people. Escaped where it is not printable: log lines are made by strangers, terminals obey."""
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    text = "-" if value is None else str(value)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

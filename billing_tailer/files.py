@@ -53,8 +53,8 @@ def _odd(path: bytes) -> bool:
 class Scan:
     """Everything one look at the directories saw.
 
-    complete: every directory of every glob was listed. strays: names of followed files, or of their compressed
-    successors, that no glob matches although they extend a name that one does. problems: in words, for /readyz.
+    complete: every directory of every glob was listed, and every file that matches could be looked at. strays: names of
+    followed files that no glob matches. problems: in words, for /readyz.
     """
 
     files: tuple[SeenFile, ...]
@@ -86,7 +86,7 @@ class LogFiles:
         self._globs = [os.fsencode(pattern) for pattern in globs]
         self._open_files_max = open_files_max
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
-        self._judged: dict[tuple[int, int, int, bytes], tuple[tuple[int, int, int], Verdict]] = {}
+        self._judged: dict[tuple[int, int, int, int, int, bytes], tuple[tuple[int, int, int], Verdict]] = {}
 
     # --- looking
 
@@ -120,23 +120,24 @@ class LogFiles:
         for pattern in self._globs:
             directories = _directories(pattern)
             if not directories:
-                problems.append(f"no directory matches {os.fsdecode(os.path.dirname(pattern))}")
+                problems.append(f"no directory matches {escape_path(os.path.dirname(pattern))}")
             for directory in directories:
                 by_directory.setdefault(directory, []).append(os.path.basename(pattern))
-        complete = not problems
         for directory, names in sorted(by_directory.items()):
             try:
                 with os.scandir(directory) as entries:
-                    self._scan_directory(entries, names, wanted, inodes, found, strays)
+                    self._scan_directory(entries, names, wanted, inodes, found, strays, problems)
             except OSError as error:
-                complete = False
                 problems.append(f"cannot list {escape_path(directory)}: {error.strerror}")
+        strays &= {file.path for file in found.values()}  # a second name beside one that matches is no stray
         for locator, handle in self._handles.items():
-            if locator not in found:
+            if locator in found:
+                handle.path = found[locator].path
+            else:
                 status = os.fstat(handle.fd)
                 found[locator] = _seen(handle.path, status, named=status.st_nlink > 0)
         files = tuple(sorted(found.values(), key=lambda file: file.path))
-        return Scan(files, complete, tuple(problems), tuple(sorted(strays)))
+        return Scan(files, not problems, tuple(problems), tuple(sorted(strays)))
 
     @staticmethod
     def _scan_directory(
@@ -146,6 +147,7 @@ class LogFiles:
         inodes: Collection[int],
         found: dict[tuple[int, int], SeenFile],
         strays: set[str],
+        problems: list[str],
     ) -> None:
         for entry in sorted(entries, key=lambda e: e.name):
             matches = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
@@ -155,8 +157,11 @@ class LogFiles:
                 continue
             try:
                 status = entry.stat()
-            except OSError:
-                continue  # gone since it was listed, or a dangling link: the next scan sees what became of it
+            except OSError as error:
+                # gone since it was listed, or a dangling link: the next scan sees what became of it
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    problems.append(f"cannot look at {escape_path(entry.path)}: {error.strerror}")
+                continue
             locator = (status.st_dev, status.st_ino)
             if not stat.S_ISREG(status.st_mode) or (not matches and locator not in wanted):
                 continue
@@ -171,7 +176,9 @@ class LogFiles:
         """Compare a file with a position, on a descriptor of that file. What was judged is not read again until size
         or times of the file change."""
         signature = (file.size, file.mtime_ns, file.ctime_ns)
-        key = (*file.locator, position.committed_offset, position.frontier_sha256)
+        # all that a verdict depends on: without anything committed, that is the size seen alone
+        size_seen = 0 if position.committed_offset else position.size_seen
+        key = (*file.locator, position.committed_offset, size_seen, hash(position.head), position.frontier_sha256)
         remembered = self._judged.get(key)
         if remembered is not None and remembered[0] == signature:
             return remembered[1]
@@ -182,7 +189,8 @@ class LogFiles:
         except OSError:
             return Verdict.UNREADABLE
         unchanged = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == signature
-        if unchanged and abs(time.time() - file.mtime_ns / 1e9) > SETTLED_SECONDS:
+        # mtime can be set back, ctime cannot
+        if unchanged and abs(time.time() - max(file.mtime_ns, file.ctime_ns) / 1e9) > SETTLED_SECONDS:
             if len(self._judged) >= JUDGED_MAX:
                 self._judged.clear()
             self._judged[key] = (signature, verdict)
@@ -263,11 +271,12 @@ class LogFiles:
         return fd
 
     def _make_room(self) -> None:
-        """Close the longest unused descriptor of a file with a name; one without could not be opened again."""
+        """Close the longest unused descriptor of a file that stands under its name; another one, deleted or moved out
+        of our sight, could not be opened again."""
         if len(self._handles) < self._open_files_max:
             return
         for locator, handle in self._handles.items():
-            if os.fstat(handle.fd).st_nlink > 0:
+            if _stands_at(handle.path, locator):
                 self._close(locator)
                 return
         raise OSError(errno.EMFILE, f"all {self._open_files_max} descriptors hold files without a name")
@@ -289,6 +298,14 @@ class LogFiles:
         """Let go of every file."""
         for locator in list(self._handles):
             self._close(locator)
+
+
+def _stands_at(path: str, locator: tuple[int, int]) -> bool:
+    try:
+        status = os.stat(unescape_path(path))
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == locator
 
 
 def _compare(fd: int, size: int, position: Position) -> Verdict:

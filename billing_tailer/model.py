@@ -5,7 +5,7 @@ line are `NamedTuple`s, because a frozen dataclass costs several times as much t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -250,6 +250,18 @@ class FileStep:
     dead_letter_bytes: int
     batch: BatchRow
     counts: Mapping[str, int]
+
+    def after(self) -> Position:
+        """The position once the step is committed."""
+        return replace(
+            self.position,
+            head=self.head,
+            committed_offset=self.end_offset,
+            frontier_sha256=self.frontier_sha256,
+            frontier_bytes=self.frontier_bytes,
+            size_seen=self.size_seen,
+            dead_letter_bytes=self.dead_letter_bytes,
+        )
 
     def __post_init__(self) -> None:
         # pair assertion: ledger/commit.py asserts the same contiguity again in SQL

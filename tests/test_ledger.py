@@ -21,7 +21,7 @@ from billing_tailer.settings import LLM_ROUTES
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
-parse = partial(audit.parse, is_llm_route=audit.routes(LLM_ROUTES))
+parse = partial(audit.parse, llm_path=audit.routes(LLM_ROUTES))
 
 
 @pytest.fixture

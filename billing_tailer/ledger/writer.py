@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -320,9 +320,7 @@ class Ledger:
         except Overlap:
             steps = self._commit_staged(plan)
         self._last_proof = time.monotonic()
-        now = datetime.now().astimezone()
-        positions = tuple(_moved(step, now) for step in steps)
-        return Committed(steps, positions, self._last_proof - started)
+        return Committed(steps, tuple(step.after() for step in steps), self._last_proof - started)
 
     def _commit_new(self, plan: Plan) -> None:
         """The common case: no call is known yet. A unique violation rolls everything back."""
@@ -426,19 +424,6 @@ def _sort_out(plan: Plan, others: Sequence[tuple[int, int, bool]]) -> tuple[tupl
         for step in plan.steps
     )
     return steps, conflicts
-
-
-def _moved(step: FileStep, now: datetime) -> Position:
-    return replace(
-        step.position,
-        head=step.head,
-        committed_offset=step.end_offset,
-        frontier_sha256=step.frontier_sha256,
-        frontier_bytes=step.frontier_bytes,
-        size_seen=step.size_seen,
-        dead_letter_bytes=step.dead_letter_bytes,
-        last_commit_at=now,
-    )
 
 
 def _move(step: FileStep) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from billing_tailer.events import Events
 from billing_tailer.health import Health
 
 STOP_SECONDS_MAX = 2.0
+LISTEN_BACKLOG = 128
 
 
 class HttpServer:
@@ -36,6 +37,7 @@ class HttpServer:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((self._host, self.port))
+            listener.listen(LISTEN_BACKLOG)  # uvicorn would, but only after `start` has returned
         except OSError as error:
             listener.close()
             raise ConfigError(

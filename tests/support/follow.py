@@ -14,8 +14,10 @@ from billing_tailer.files import LogFiles
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger
+from billing_tailer.reader import Limits, Reader
+from billing_tailer.resets import OrderedReset
 from billing_tailer.settings import LLM_ROUTES
-from billing_tailer.tailer import Limits, Tailer
+from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 
 
@@ -47,7 +49,7 @@ def following(
 ) -> Iterator[Rig]:
     """A tailer that owns the source and has read `directory`. changes: to Limits, source_id, open_files_max."""
     configure_logging("error", "json")
-    limits = Limits(0.05, batch_lines_max=1000, batch_bytes_max=1 << 20, line_bytes_max=1 << 16)
+    limits = Limits(batch_lines_max=1000, batch_bytes_max=1 << 20, line_bytes_max=1 << 16)
     limits = replace(limits, **{key: value for key, value in changes.items() if key in _LIMITS})
     stop = threading.Event()
     events, health, wake = Events(), Health(), Wake()
@@ -58,13 +60,13 @@ def following(
         files=files,
         ledger=ledger,
         follower=follower,
-        parse=partial(audit.parse, is_llm_route=audit.routes(LLM_ROUTES)),
+        reader=Reader(files, partial(audit.parse, llm_path=audit.routes(LLM_ROUTES)), limits),
         wake=wake,
         events=events,
         health=health,
         stop=stop,
-        limits=limits,
-        apply_reset=lambda: None,
+        poll_interval_seconds=0.05,
+        reset=OrderedReset(None, None, ledger, files, events, health),
     )
     assert tailer._become_owner()
     rig = Rig(tailer, files, ledger, follower, health, events)
@@ -76,4 +78,4 @@ def following(
         files.close()
 
 
-_LIMITS = ("poll_interval_seconds", "batch_lines_max", "batch_bytes_max", "line_bytes_max")
+_LIMITS = ("batch_lines_max", "batch_bytes_max", "line_bytes_max")

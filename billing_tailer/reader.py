@@ -1,0 +1,144 @@
+"""Verified bytes -> the work of one batch: whole lines of every file that has some, fairly and within bounds.
+
+Keeps what only this process knows of a file between two batches: the open row of `tail_batches` with its running hash,
+and how far an over-long line has been scanned. Both can be forgotten at any time; nothing is lost but a little work.
+"""
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from billing_tailer.files import LogFiles
+from billing_tailer.model import Position, SeenFile, Verdict
+from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_lines, take_long_line
+
+FILE_SHARE_BYTES_MIN = 64 << 10
+"""What each of many busy files is read in one round, so that none starves."""
+LONG_LINE_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one batch, in lines and bytes."""
+
+    batch_lines_max: int
+    batch_bytes_max: int
+    line_bytes_max: int
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one round read. full: a bound was reached, so that there is probably more. streaming: an over-long line was
+    read on. surprised: a file was not what its position says; look again. unreadable: paths that could not be read."""
+
+    works: list[FileWork]
+    full: bool = False
+    streaming: bool = False
+    surprised: bool = False
+    unreadable: tuple[str, ...] = ()
+
+
+class Reader:
+    """Reads what follows the positions."""
+
+    def __init__(self, files: LogFiles, parse: Parse, limits: Limits) -> None:
+        self._files = files
+        self._parse = parse
+        self._limits = limits
+        self._rows: dict[int, OpenRow] = {}
+        self._long_lines: dict[int, LongLine] = {}
+        self._turn = 0
+
+    def forget(self) -> None:
+        """After any doubt about what is committed: begin new rows, scan over-long lines from their start."""
+        self._rows.clear()
+        self._long_lines.clear()
+
+    def adopt(self, work: FileWork, counts: Mapping[str, int]) -> None:
+        """The work is committed, with these counts in its row: the row may grow from here."""
+        self._rows[work.step.position.file_id] = replace(work.row, counts=counts)
+
+    def gather(
+        self, positions: Mapping[int, Position], followed: Mapping[int, SeenFile], after: Sequence[FileWork] = ()
+    ) -> Batch:
+        """Whole lines of all files that have some. after: work that is being committed, to be gone on from.
+
+        Each file gets a share of the bytes, and the turn goes round, so that a busy file does not starve the others.
+        """
+        places = ChainMap({work.step.position.file_id: work.step.after() for work in after}, dict(positions))
+        rows = ChainMap({work.step.position.file_id: work.row for work in after}, self._rows)
+        waiting = self._waiting(places, followed)
+        bytes_left, lines_left = self._limits.batch_bytes_max, self._limits.batch_lines_max
+        batch = Batch([])
+        for position, file in waiting:
+            if bytes_left <= 0 or lines_left <= 0:
+                batch.full = True
+                break
+            self._turn = position.file_id
+            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, self._limits.batch_bytes_max // len(waiting)))
+            work = self._work_on(position, file, rows.get(position.file_id), share, lines_left, batch)
+            if work is not None:
+                batch.works.append(work)
+                batch.full = batch.full or work.step.end_offset < file.size
+                bytes_left -= work.step.end_offset - position.committed_offset
+                lines_left -= sum(work.step.counts.values())
+        return batch
+
+    def _waiting(
+        self, places: Mapping[int, Position], followed: Mapping[int, SeenFile]
+    ) -> list[tuple[Position, SeenFile]]:
+        """Files with bytes that were not looked at, beginning after the one that had the last turn."""
+        ids = sorted(followed, key=lambda file_id: (file_id <= self._turn, file_id))
+        pairs = ((places[file_id], self._fresh(followed[file_id])) for file_id in ids)
+        return [(position, file) for position, file in pairs if file.size > self._looked_at(position)]
+
+    def _fresh(self, file: SeenFile) -> SeenFile:
+        """The file with its size at this moment, where it is held open: scans of many files may be seconds apart."""
+        size = self._files.held_size(file.locator)
+        return file if size is None else replace(file, size=size)
+
+    def _looked_at(self, position: Position) -> int:
+        line = self._long_lines.get(position.file_id)
+        return position.committed_offset if line is None else line.start_offset + line.scanned
+
+    def _work_on(
+        self, position: Position, file: SeenFile, row: OpenRow | None, share: int, lines_max: int, batch: Batch
+    ) -> FileWork | None:
+        if position.file_id in self._long_lines:
+            return self._stream(position, file, batch)
+        line_max = self._limits.line_bytes_max
+        chunk = self._files.read(position, file, share)
+        if not isinstance(chunk, Verdict) and len(chunk.data) == share <= line_max and b"\n" not in chunk.data:
+            chunk = self._files.read(position, file, line_max + 1)  # the share is smaller than one line
+        if isinstance(chunk, Verdict):
+            batch.surprised = True
+            if chunk is Verdict.UNREADABLE:
+                batch.unreadable += (f"{file.path}: cannot be read",)
+            return None
+        work = take_lines(position, chunk, row, self._parse, lines_max=lines_max, line_bytes_max=line_max)
+        if work is None and len(chunk.data) > line_max:
+            self._long_lines[position.file_id] = LongLine(position.committed_offset)
+            batch.streaming = True
+        return work
+
+    def _stream(self, position: Position, file: SeenFile, batch: Batch) -> FileWork | None:
+        """Read on in a line beyond the limit; it becomes work when its newline comes."""
+        line = self._long_lines[position.file_id]
+        at = line.start_offset + line.scanned
+        try:
+            data = self._files.read_at(file, at, LONG_LINE_CHUNK_BYTES)
+        except OSError:
+            data = b""
+        if (
+            not data
+            or line.start_offset != position.committed_offset
+            or not self._files.still_agrees(position, file, at + len(data))
+        ):
+            del self._long_lines[position.file_id]
+            batch.surprised = True
+            return None
+        batch.streaming = True
+        if not line.feed(data):
+            return None
+        del self._long_lines[position.file_id]
+        return take_long_line(position, line, max(file.size, at + len(data)))
