@@ -68,14 +68,16 @@ class Reader:
         places = ChainMap({work.step.position.file_id: work.step.after() for work in after}, dict(positions))
         rows = ChainMap({work.step.position.file_id: work.row for work in after}, self._rows)
         waiting = self._waiting(places, followed)
-        bytes_left, lines_left = self._limits.batch_bytes_max, self._limits.batch_lines_max
+        # half of the bytes: while this batch is committed, the next one is read
+        budget = self._limits.batch_bytes_max // 2
+        bytes_left, lines_left = budget, self._limits.batch_lines_max
         batch = Batch([])
         for position, file in waiting:
             if bytes_left <= 0 or lines_left <= 0:
                 batch.full = True
                 break
             self._turn = position.file_id
-            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, self._limits.batch_bytes_max // len(waiting)))
+            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, budget // len(waiting)))
             work = self._work_on(position, file, rows.get(position.file_id), share, lines_left, batch)
             if work is not None:
                 batch.works.append(work)
