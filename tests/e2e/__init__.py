@@ -1,0 +1,1 @@
+"""End-to-end tests: the daemon as a process, real nginx, real Postgres, `make run` from a clean copy."""
