@@ -346,6 +346,13 @@ def _require_main_thread() -> None:
 
 def _server_user() -> _User:
     if os.geteuid() != 0:
+        try:
+            pwd.getpwuid(os.geteuid())
+        except KeyError:
+            raise ConfigError(
+                f"Postgres needs a name for its user, and user id {os.geteuid()} has none in /etc/passwd",
+                "run as a user with a name, or set BILLING_TAILER_DATABASE_URL",
+            ) from None
         return _User("this user", os.geteuid(), os.getegid(), switch=False)
     try:
         entry = pwd.getpwnam(UNPRIVILEGED_USER)

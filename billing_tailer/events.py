@@ -138,7 +138,7 @@ class Events:
             "batch.committed",
             lines=plan.lines,
             bytes=plan.bytes,
-            outcomes=dict(counts),
+            outcomes={str(outcome): count for outcome, count in counts.items()},
             files=[
                 {"path": s.position.path, "from": s.position.committed_offset, "to": s.end_offset}
                 for s in plan.steps[:10]

@@ -8,7 +8,8 @@ A generation is found again only where locator (device, inode), head and frontie
 1. a file that keeps its locator and agrees keeps its `file_id`;
 2. a generation without its file may be matched to a file without a generation whose head and frontier agree (it was
    copied, restored or moved to another device); several such files block it as `ambiguous`;
-3. a file that agrees with a generation still held by its own inode is a copy, and is not read;
+3. a file that agrees with a generation still held by its own inode is a copy, and is not read; nor is one that agrees
+   with a generation that is blocked, cannot be read, or may be where the scan could not look;
 4. every other file is new. What stood at its locator before is ended, with its unread rest declared as a gap, but only
    after a complete scan found no file with the old content.
 """
@@ -97,12 +98,12 @@ def _match_by_content(
     for position in sorted(loose, key=lambda p: (-p.committed_offset, p.file_id)):
         if position.committed_offset == 0:
             continue
-        candidates = [file for file in files.values() if judge(position, file) is Verdict.AGREES]
+        candidates = [file for file in files.values() if file.named and judge(position, file) is Verdict.AGREES]
         if len(candidates) == 1:
             result.matched[position.file_id] = candidates[0]
         elif candidates:
             result.blocked[position.file_id] = BlockReason.AMBIGUOUS
-            result.unread.extend(candidates)
+            result.copies.extend(candidates)
         for file in candidates:
             del files[file.locator]
 
@@ -110,11 +111,13 @@ def _match_by_content(
 def _sort_out_copies(
     known: Sequence[Position], files: dict[tuple[int, int], SeenFile], judge: Judge, result: Matching
 ) -> None:
-    """Step 3."""
-    holders = [p for p in known if p.committed_offset > 0 and (p.file_id in result.kept or p.file_id in result.matched)]
+    """Step 3. Where the generation is blocked, unreadable or out of sight, its content elsewhere is not read either."""
+    content = [position for position in known if position.committed_offset > 0]
     for locator, file in list(files.items()):
-        if any(judge(position, file) is Verdict.AGREES for position in holders):
-            result.copies.append(files.pop(locator))
+        agreeing = [position.file_id for position in content if judge(position, file) is Verdict.AGREES]
+        if agreeing:
+            held = any(file_id in result.kept or file_id in result.matched for file_id in agreeing)
+            (result.copies if held else result.unread).append(files.pop(locator))
 
 
 def _settle_the_rest(
@@ -127,7 +130,7 @@ def _settle_the_rest(
     complete: bool,
 ) -> None:
     """Step 4: what is neither kept, matched nor blocked is missing or ended; what no generation claims is new."""
-    held = [*result.kept.values(), *result.matched.values(), *result.copies]
+    held = [*result.kept.values(), *result.matched.values(), *result.copies, *result.unread]
     for position in loose:
         if position.file_id in result.matched or position.file_id in result.blocked:
             continue
@@ -136,16 +139,10 @@ def _settle_the_rest(
         elif complete and position.state is not FileState.FINAL:
             elsewhere = position.committed_offset > 0 and any(judge(position, file) is Verdict.AGREES for file in held)
             result.ended[position.file_id] = None if elsewhere else lost(position, displaced[position.file_id])
-    if complete:
-        result.new.extend(files.values())
-        return
-    content = [position for position in loose if position.committed_offset > 0]
+    # what stands where a generation stood is not new before that one has ended
+    held_back = set() if complete else {p.locator for p in loose if p.file_id in displaced}
     for locator, file in files.items():
-        held_back = any(position.locator == locator and position.file_id in displaced for position in loose)
-        if held_back or any(judge(position, file) is Verdict.AGREES for position in content):
-            result.unread.append(file)
-        else:
-            result.new.append(file)
+        (result.unread if locator in held_back else result.new).append(file)
 
 
 def lost(position: Position, reason: GapReason) -> Gap:

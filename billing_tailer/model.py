@@ -264,7 +264,7 @@ class FileStep:
         )
 
     def __post_init__(self) -> None:
-        # pair assertion: ledger/commit.py asserts the same contiguity again in SQL
+        # pair assertion: ledger/writer.py makes Postgres assert the same again
         if not self.position.committed_offset < self.end_offset <= self.size_seen:
             raise AssertionError(f"step of {self.position.path} does not move forward inside the file: {self}")
 

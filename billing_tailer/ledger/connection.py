@@ -137,7 +137,8 @@ def migrate(dsn: str, schema: str = "billing") -> list[str]:
 
 
 def require_schema(connection: Connection, schema: str) -> None:
-    """Raise ConfigError unless the schema is exactly the one of this program."""
+    """Raise ConfigError unless the schema is exactly the one of this program, and may be used."""
+    require_usage(connection, schema)
     with wrapped():
         version = schema_version(connection)
     _refuse_newer(version, schema)
@@ -147,6 +148,15 @@ def require_schema(connection: Connection, schema: str) -> None:
             f"schema {schema} is at version {version}, this program needs {latest}",
             "run `billing-tailer migrate` with BILLING_TAILER_MIGRATE_DATABASE_URL set to the owner's DSN",
         )
+
+
+def require_usage(connection: Connection, schema: str) -> None:
+    """Raise ConfigError where the schema is there, but closed to our role."""
+    with wrapped():
+        closed = connection.execute(query("may_not_use_schema"), {"schema": schema}).fetchone()
+    if closed == (True,):
+        role = connection.info.user
+        raise ConfigError(f"role {role} may not use schema {schema}", f"grant usage on schema {schema} to {role}")
 
 
 def schema_version(connection: Connection) -> int:

@@ -6,7 +6,15 @@ from typing import Any
 
 from psycopg.rows import dict_row
 
-from billing_tailer.ledger.connection import Connection, connect, query, require_schema, schema_version, wrapped
+from billing_tailer.ledger.connection import (
+    Connection,
+    connect,
+    query,
+    require_schema,
+    require_usage,
+    schema_version,
+    wrapped,
+)
 from billing_tailer.ledger.resets import Reset, apply_reset, range_start
 from billing_tailer.ledger.writer import position_of
 from billing_tailer.model import Position
@@ -65,6 +73,7 @@ def reports(dsn: str, schema: str, source_id: str) -> Iterator[Reports]:
 def probe(dsn: str, schema: str) -> dict[str, Any]:
     """What `check` wants to know of a database: server version, schema version, role, missing grants."""
     with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
+        require_usage(connection, schema)
         with connection.cursor(row_factory=dict_row) as cursor:
             facts = cursor.execute(query("probe"), {"schema": schema}).fetchone()
         assert facts is not None

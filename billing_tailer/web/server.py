@@ -48,6 +48,7 @@ class HttpServer:
         config = uvicorn.Config(
             application(self._events, self._health),
             log_config=None,
+            log_level="error",  # not a line of text between the JSON for every port scan
             access_log=False,
             lifespan="off",
             timeout_keep_alive=15,

@@ -52,7 +52,8 @@ def main() -> int:
         print(f"billing-tailer: {error}", file=sys.stderr)
         return error.exit_code
     environment |= demo.variables
-    environment.pop(f"{PREFIX}HTTP_PORT_FILE", None)  # HTTP_PORT says the same, and both are an error
+    for name in demo.variables:
+        environment.pop(f"{name}_FILE", None)  # what it says is in the variable now, and both are an error
     return Processes(environment, demo).run()
 
 
@@ -64,15 +65,17 @@ class Demo:
     """Where the demonstration has its log, and where it can be seen."""
 
     def __init__(self, settings: Settings) -> None:
-        self._data_dir = settings.data_dir or default_data_dir(os.environ)
         self._embedded = settings.uses_embedded_postgres
-        self.log_dir = self._data_dir / "demo/billing"
+        # a database of its own: demonstration facts must never stand beside real ones
+        self._data_dir = (settings.data_dir or default_data_dir(os.environ)) / "demo"
+        self.log_dir = self._data_dir / "billing"
         host, port = settings.http_host, settings.http_port or _free_port(settings.http_host)
         reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - is replaced here
         self._url = f"http://{f'[{reachable}]' if ':' in reachable else reachable}:{port}"
         self.variables = {
             f"{PREFIX}AUDIT_GLOBS": f"{glob.escape(str(self.log_dir))}/audit*.jsonl*",
             f"{PREFIX}HTTP_PORT": str(port),
+            f"{PREFIX}DATA_DIR": str(self._data_dir),
         }
         if not self._embedded and not _given("SOURCE_ID"):
             self.variables[f"{PREFIX}SOURCE_ID"] = "demo"  # no part of a real source that lives in that database
@@ -96,11 +99,7 @@ class Demo:
 
     def where(self) -> str:
         """Where status, metrics and data can be seen."""
-        asked = {
-            name: os.environ[name]
-            for key in ("DATA_DIR", "DB_SCHEMA", "SOURCE_ID")
-            if (name := PREFIX + key) in os.environ
-        }
+        asked = {name: os.environ[name] for key in ("DB_SCHEMA", "SOURCE_ID") if (name := PREFIX + key) in os.environ}
         asked |= {name: value for name, value in self.variables.items() if not name.endswith("HTTP_PORT")}
         status = Path(sys.executable).parent / "billing-tailer"
         command = [f"{name}={shlex.quote(value)}" for name, value in asked.items()]

@@ -117,7 +117,7 @@ delete from dead_letters where file_id = %(file_id)s and start_offset >= %(offse
 -- name: rewind_position
 update tail_files
 set committed_offset = %(new_offset)s, head = %(head)s, frontier_sha256 = %(frontier_sha256)s,
-    frontier_bytes = %(frontier_bytes)s, state = case state when 'final' then 'rotated' else state end
+    frontier_bytes = %(frontier_bytes)s, size_seen = %(new_offset)s, state = case state when 'final' then 'rotated' else state end
 where file_id = %(file_id)s and committed_offset = %(old_offset)s
 
 -- name: dead_letters
@@ -148,13 +148,20 @@ select (select count(*) from usage_facts) as facts,
 select a.application_name from pg_stat_activity a join pg_locks l on l.pid = a.pid
 where l.locktype = 'advisory' and l.granted and a.application_name = left(%(application)s, 63) limit 1
 
+-- name: may_not_use_schema
+select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_regnamespace(%(schema)s), 'USAGE')
+
 -- name: probe
 select current_setting('server_version') as server_version, current_user::text as role,
        extract(epoch from now())::float8 as server_time,
        (select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}')
         from pg_class t
-        cross join unnest(case when t.relname in ('tail_files', 'tail_batches') then array['SELECT', 'INSERT', 'UPDATE']
-                               when t.relname = 'schema_migrations' then array['SELECT']
-                               else array['SELECT', 'INSERT'] end) privilege
+        cross join unnest(case t.relname
+                              when 'schema_migrations' then array['SELECT']
+                              when 'tail_files' then array['SELECT', 'INSERT', 'UPDATE']
+                              when 'tail_batches' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
+                              when 'log_gaps' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'dead_letters' then array['SELECT', 'INSERT', 'DELETE']
+                              else array['SELECT', 'INSERT'] end) privilege
         where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
           and not has_table_privilege(t.oid, privilege)) as missing_grants
