@@ -32,6 +32,8 @@ OTHER = "_other"
 def configure_logging(level: str, log_format: str) -> None:
     """One JSON object per line on standard output, or text for people (`console`)."""
     renderer: Any = structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer()
+    # psycopg's own warnings go beside the errors it raises, which we log in our form
+    logging.getLogger("psycopg").setLevel(logging.ERROR)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -27,7 +27,7 @@ from billing_tailer.resets import OrderedReset
 from billing_tailer.wake import Wake
 
 CHECK_SECONDS = 2.0
-"""How often the loop asks Postgres what operators did."""
+"""How often the loop asks Postgres what operators did, and at least shows that it is alive."""
 SHOW_SECONDS = 1.0
 
 
@@ -72,7 +72,7 @@ class Tailer:
             while not self._stop.is_set():
                 self._health.tick()
                 if not self._turn():
-                    self._wake.wait(self._poll_interval_seconds)
+                    self._wake.wait(min(self._poll_interval_seconds, CHECK_SECONDS))
         finally:
             self._committer.shutdown()
 

@@ -4,7 +4,6 @@ inotify misses remote writers, overlay file systems' lower layers and queue over
 (tests/test_wake.py).
 """
 
-import contextlib
 import threading
 from collections.abc import Iterable
 
@@ -17,6 +16,7 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
+from watchdog.observers.api import BaseObserver
 
 # reading makes events of its own (opened, closed): only what a writer or a rotation does may wake us
 _EVENTS: list[type[FileSystemEvent]] = [FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent]
@@ -27,26 +27,32 @@ class Wake(FileSystemEventHandler):
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self._observer = Observer()
+        self._observer: BaseObserver | None = None
         self._watched: set[str] = set()
         self.trouble: str | None = None
 
     def start(self) -> None:
         """Start watchdog's threads; where inotify is not to be had, `trouble` says why and the poll does the work."""
         try:
-            self._observer.start()
+            observer = Observer()  # opens inotify
+            observer.start()
         except OSError as error:
             self.trouble = str(error)
+        else:
+            self._observer = observer
 
     def watch(self, directories: Iterable[str]) -> None:
         """Watch further directories, none of them twice; what cannot be watched is tried again next time."""
-        for directory in set(directories) - self._watched:
+        if self._observer is None:
+            return
+        troubles = []
+        for directory in sorted(set(directories) - self._watched):
             try:
                 self._observer.schedule(self, directory, event_filter=_EVENTS)
                 self._watched.add(directory)
-                self.trouble = None
             except OSError as error:
-                self.trouble = f"{directory}: {error}"
+                troubles.append(f"{directory}: {error}")
+        self.trouble = "; ".join(troubles) or None
 
     def on_any_event(self, _event: FileSystemEvent) -> None:
         """watchdog's thread: only note it, and act at the loop's own pace."""
@@ -63,6 +69,6 @@ class Wake(FileSystemEventHandler):
 
     def stop(self) -> None:
         """End watchdog's threads."""
-        with contextlib.suppress(RuntimeError):
+        if self._observer is not None:
             self._observer.stop()
             self._observer.join(timeout=1)

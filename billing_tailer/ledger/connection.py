@@ -13,7 +13,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, RowRejected, TailerError
-from billing_tailer.ledger.sqlfile import QUERIES, migrations
+from billing_tailer.ledger.sqlfile import QUERIES, Migration, migrations
 
 CONNECT_TIMEOUT_SECONDS = 3
 STATEMENT_TIMEOUT_SECONDS = 10
@@ -74,6 +74,7 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
             f"BILLING_TAILER_DATABASE_URL: {_first_line(error)}",
             "write it as postgresql://user:password@host:5432/database, or as key=value pairs",
         ) from None
+    _refuse_what_libpq_refuses(dsn)
     with wrapped():
         connection: Connection = psycopg.connect(
             dsn,
@@ -97,6 +98,15 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
     return connection
 
 
+def _refuse_what_libpq_refuses(dsn: str) -> None:
+    """A value such as `sslmode=perhaps` fails before anything is sent, and always will: it is no outage."""
+    attempt = psycopg.pq.PGconn.connect_start(dsn.encode())
+    refused = attempt.status == psycopg.pq.ConnStatus.BAD and attempt.error_message.decode(errors="replace")
+    attempt.finish()
+    if refused and refused.startswith("invalid "):
+        raise ConfigError(f"BILLING_TAILER_DATABASE_URL: {refused.strip()}", "correct the DSN; libpq's manual lists it")
+
+
 def lock_key(purpose: str, schema: str, name: str = "") -> int:
     """The 64-bit key of an advisory lock."""
     digest = hashlib.sha256(f"billing_tailer/{purpose}/{schema}/{name}".encode()).digest()
@@ -117,16 +127,7 @@ def migrate(dsn: str, schema: str = "billing") -> list[str]:
             "(version integer primary key, name text not null, sha256 text not null, "
             "applied_at timestamptz not null default now())"
         )
-        applied: dict[int, str] = dict(connection.execute("select version, sha256 from schema_migrations").fetchall())
-        ours = {migration.version: migration for migration in migrations()}
-        _refuse_newer(max(applied, default=0), schema)
-        for version, digest in applied.items():
-            if ours[version].sha256 != digest:
-                raise ConfigError(
-                    f"schema {schema}: migration {ours[version].name} is not the one that was applied",
-                    "run the version of billing_tailer that applied it, or restore that file",
-                )
-        missing = [migration for migration in ours.values() if migration.version not in applied]
+        missing = _missing(connection, schema)
         for migration in missing:
             connection.execute(migration.text)
             connection.execute(
@@ -141,11 +142,10 @@ def require_schema(connection: Connection, schema: str) -> None:
     require_usage(connection, schema)
     with wrapped():
         version = schema_version(connection)
-    _refuse_newer(version, schema)
-    latest = migrations()[-1].version
-    if version < latest:
+        missing = _missing(connection, schema) if version else migrations()
+    if missing:
         raise ConfigError(
-            f"schema {schema} is at version {version}, this program needs {latest}",
+            f"schema {schema} is at version {version}, this program needs {missing[-1].version}",
             "run `billing-tailer migrate` with BILLING_TAILER_MIGRATE_DATABASE_URL set to the owner's DSN",
         )
 
@@ -168,13 +168,23 @@ def schema_version(connection: Connection) -> int:
     return int(row[0])
 
 
-def _refuse_newer(version: int, schema: str) -> None:
-    latest = migrations()[-1].version
-    if version > latest:
+def _missing(connection: Connection, schema: str) -> list[Migration]:
+    """The migrations that are not applied yet. Raises ConfigError where others were, or others than ours."""
+    applied: dict[int, str] = dict(connection.execute("select version, sha256 from schema_migrations").fetchall())
+    ours = {migration.version: migration for migration in migrations()}
+    newest = max(applied, default=0)
+    if newest > max(ours):
         raise ConfigError(
-            f"schema {schema} is at version {version}, newer than this program's {latest}",
+            f"schema {schema} is at version {newest}, newer than this program's {max(ours)}",
             "run the newer billing_tailer",
         )
+    for version, digest in applied.items():
+        if ours[version].sha256 != digest:
+            raise ConfigError(
+                f"schema {schema}: migration {ours[version].name} is not the one that was applied",
+                "run the version of billing_tailer that applied it, or restore that file",
+            )
+    return [migration for migration in ours.values() if migration.version not in applied]
 
 
 def query(name: str) -> LiteralString:

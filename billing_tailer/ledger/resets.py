@@ -23,15 +23,17 @@ class Reset:
     reason: str
 
 
-def already_applied(connection: Connection, reset_id: str, requested: str) -> bool:
-    """True if this id was applied with this very request. Raises ConfigError if it was applied with another one."""
+def already_applied(connection: Connection, source_id: str, reset_id: str, requested: str) -> bool:
+    """True if this id was applied with this very request. Raises ConfigError if it was applied with another one, or
+    for another source."""
     with wrapped():
         row = connection.execute(query("reset_by_id"), {"reset_id": reset_id}).fetchone()
     if row is None:
         return False
-    if row[2] != requested:
+    if (row[0], row[2]) != (source_id, requested):
         raise ConfigError(
-            f"BILLING_TAILER_OFFSET_RESET_ID={reset_id} was used for {row[2]!r}, not for {requested!r}",
+            f"BILLING_TAILER_OFFSET_RESET_ID={reset_id} was used for {row[2]!r} of source {row[0]}, "
+            f"not for {requested!r} of source {source_id}",
             "give the new reset a new id, or remove BILLING_TAILER_OFFSET_RESET",
         )
     return True
@@ -54,17 +56,7 @@ def apply_reset(connection: Connection, source_id: str, reset: Reset) -> None:
     position = reset.position
     place: dict[str, Any] = {"file_id": position.file_id, "offset": reset.place.offset}
     with wrapped(), connection.transaction():
-        if reset.place.offset < position.committed_offset:
-            for name in ("delete_batches_from", "delete_gaps_from", "delete_open_dead_letters_from"):
-                connection.execute(query(name), place)
-        elif reset.place.offset > position.committed_offset:
-            gap = {
-                "file_id": position.file_id,
-                "start_offset": position.committed_offset,
-                "end_offset": reset.place.offset,
-                "reason": str(GapReason.SKIPPED),
-            }
-            connection.execute(query("insert_gap"), gap)
+        # first the position, as a commit does: in another order the two would wait for each other
         moved = connection.execute(
             query("rewind_position"),
             {
@@ -78,6 +70,17 @@ def apply_reset(connection: Connection, source_id: str, reset: Reset) -> None:
         )
         if moved.rowcount != 1:
             raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
+        if reset.place.offset < position.committed_offset:
+            for name in ("delete_batches_from", "delete_gaps_from", "delete_open_dead_letters_from"):
+                connection.execute(query(name), place)
+        elif reset.place.offset > position.committed_offset:
+            gap = {
+                "file_id": position.file_id,
+                "start_offset": position.committed_offset,
+                "end_offset": reset.place.offset,
+                "reason": str(GapReason.SKIPPED),
+            }
+            connection.execute(query("insert_gap"), gap)
         connection.execute(
             query("insert_reset"),
             {

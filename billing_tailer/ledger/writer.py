@@ -292,7 +292,7 @@ class Ledger:
 
     def reset_applied(self, reset_id: str, requested: str) -> bool:
         """True if this id was applied before with this request. Raises ConfigError if with another."""
-        return already_applied(self._session, reset_id, requested)
+        return already_applied(self._session, self.source_id, reset_id, requested)
 
     def range_start(self, position: Position, offset: int) -> int:
         """Where the committed range that contains `offset` begins."""
@@ -331,7 +331,9 @@ class Ledger:
                 with session.pipeline() as pipeline:
                     self._write_positions(plan, plan.steps, pipeline)
             return
-        with wrapped(), session.pipeline() as pipeline, session.transaction():
+        # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
+        # process that freezes right then would keep its lock
+        with wrapped(), session.transaction(), session.pipeline() as pipeline:
             if plan.facts:
                 with session.cursor() as cursor:
                     cursor.executemany(_INSERT_FACT, [_row(fact) for fact in plan.facts])
