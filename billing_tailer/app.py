@@ -1,7 +1,7 @@
 """Composition root of the daemon: puts the rooms together, runs the loop, ends in time.
 
 However the loop hangs, the process ends within five seconds of SIGTERM, and never goes on without its side tasks
-(tests/test_app.py::test_sigterm_while_postgres_hangs_in_commit, ::test_the_http_thread_dies,
+(tests/test_app.py::test_sigterm_while_postgres_hangs, ::test_the_http_thread_dies,
 ::test_the_embedded_postgres_dies).
 """
 
@@ -16,20 +16,30 @@ from functools import partial
 from types import FrameType, TracebackType
 from typing import Self
 
+from starlette.routing import BaseRoute
+
 from billing_tailer import __version__, audit
 from billing_tailer.embedded import EmbeddedPostgres, attach, default_data_dir
 from billing_tailer.errors import ConfigError, LedgerUnavailable, TailerError
 from billing_tailer.events import Events, configure_logging
-from billing_tailer.files import LogFiles
+from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger, migrate
+from billing_tailer.litellm import SpendLogs
+from billing_tailer.model import Corrections
+from billing_tailer.poller import Poller
 from billing_tailer.reader import Limits, Reader
 from billing_tailer.resets import OrderedReset
 from billing_tailer.settings import Settings, effective
+from billing_tailer.settle import Rules
+from billing_tailer.settler import Settler, Timing
+from billing_tailer.spend import parse_row, parse_spool_line, slim
+from billing_tailer.spool import Spool
 from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
+from billing_tailer.web.callbacks import callback_route
 
 ABORT_SECONDS = 3.0
 """So long after SIGTERM a hanging transaction is cut."""
@@ -119,14 +129,19 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log_level, settings.log_format)
     events, health, wake = Events(), Health(), Wake()
     events.info("starting", version=__version__, settings=effective(settings))
-    files = LogFiles(settings.audit_globs, settings.open_files_max)
-    files.require_mounts()
-    http = HttpServer(settings.http_host, settings.http_port, events, health)
+    LogFiles(settings.audit_globs, settings.open_files_max).require_mounts()
+    spool = _spool(settings, events)
+    files = _log_files(settings, spool)
+    http = HttpServer(settings.http_host, settings.http_port, events, health, _routes(settings, spool, events))
     with Ending(wake.set, events) as ending:
         http.start()
         try:
-            with ending.watching("the HTTP thread", http.alive), _database(settings, ending, events) as dsn:
-                _follow(settings, dsn, files, events, health, ending, wake)
+            with (
+                ending.watching("the HTTP thread", http.alive),
+                _spooling(spool, ending),
+                _database(settings, ending, events) as dsn,
+            ):
+                _follow(settings, dsn, files, spool, events, health, ending, wake)
         finally:
             http.stop()
             wake.stop()
@@ -135,34 +150,127 @@ def run(settings: Settings) -> int:
     return 0
 
 
+def _spool(settings: Settings, events: Events) -> Spool | None:
+    """The spool of callbacks; None where nobody may send any."""
+    if settings.callback_token is None and settings.spool_dir is None:
+        if settings.litellm_url is None:
+            events.warning(
+                "cost_source.missing",
+                message="calls are recorded but not charged: set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY",
+            )
+        return None
+    directory = settings.spool_dir or (settings.data_dir or default_data_dir(os.environ)) / "spool"
+    return Spool(directory, settings.spool_bytes_max, events.spool)
+
+
+def _log_files(settings: Settings, spool: Spool | None) -> LogFiles:
+    if spool is None:
+        return LogFiles(settings.audit_globs, settings.open_files_max)
+    inside = os.fsencode(spool.directory) + b"/"
+    return LogFiles(
+        (*settings.audit_globs, spool.glob),
+        settings.open_files_max,
+        lambda path: not path.startswith(inside) or spool.may_read(path),
+    )
+
+
+def _routes(settings: Settings, spool: Spool | None, events: Events) -> list[BaseRoute]:
+    if spool is None:
+        return []
+    token = None if settings.callback_token is None else settings.callback_token.get_secret_value()
+    return [callback_route(token, spool, slim, settings.callback_bytes_max, events.callback)]
+
+
+@contextmanager
+def _spooling(spool: Spool | None, ending: "Ending") -> Iterator[None]:
+    if spool is None:
+        yield
+        return
+    spool.start()
+    try:
+        with ending.watching("the spool's thread", spool.alive):
+            yield
+    finally:
+        spool.stop()
+
+
 def _follow(
-    settings: Settings, dsn: str, files: LogFiles, events: Events, health: Health, ending: Ending, wake: Wake
+    settings: Settings,
+    dsn: str,
+    files: LogFiles,
+    spool: Spool | None,
+    events: Events,
+    health: Health,
+    ending: Ending,
+    wake: Wake,
 ) -> None:
     ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
     ending.abort = ledger.abort
-    follower = Follower(files, ledger, events, health, start_at_end=settings.start_at == "end")
+    in_spool = None if spool is None else escape_path(os.fsencode(spool.directory)) + "/"
+
+    def is_spool(path: str) -> bool:
+        return in_spool is not None and path.startswith(in_spool)
+
+    audit_line = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
+    spool_line = partial(parse_spool_line, cost_max=settings.cost_max_usd)
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
-    parse = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
-    tailer = Tailer(
-        files=files,
-        ledger=ledger,
-        follower=follower,
-        reader=Reader(files, parse, limits),
-        wake=wake,
-        events=events,
-        health=health,
-        stop=ending.stop,
-        poll_interval_seconds=settings.poll_interval_seconds,
-        reset=OrderedReset(settings.offset_reset, settings.offset_reset_id, ledger, files, events, health),
+    at_end = settings.start_at == "end"
+    follower = Follower(files, ledger, events, health, start_at_end=at_end, is_spool=is_spool)
+    with _polling(settings, ending, wake) as poller:
+        tailer = Tailer(
+            files=files,
+            ledger=ledger,
+            follower=follower,
+            reader=Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits),
+            wake=wake,
+            events=events,
+            health=health,
+            stop=ending.stop,
+            poll_interval_seconds=settings.poll_interval_seconds,
+            reset=OrderedReset(settings.offset_reset, settings.offset_reset_id, ledger, files, events, health),
+            settler=Settler(
+                ledger,
+                _rules(settings),
+                Timing(settings.settle_deadline_seconds, settings.failure_quiet_seconds),
+                events,
+                health,
+                poller=poller,
+                spool_is_behind=follower.spool_is_behind,
+            ),
+        )
+        _migrate(settings, dsn, follower, events, health, ending)
+        wake.start()
+        if wake.trouble:
+            events.warning("inotify.unavailable", trouble=wake.trouble, message="the poll interval does the work")
+        try:
+            tailer.run()
+        finally:
+            ledger.close()
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        markup=settings.markup_factor,
+        free_models=settings.free_models,
+        corrections=Corrections(settings.corrections),
+        trust_litellm_end_user=settings.trust_litellm_end_user,
     )
-    _migrate(settings, dsn, follower, events, health, ending)
-    wake.start()
-    if wake.trouble:
-        events.warning("inotify.unavailable", trouble=wake.trouble, message="the poll interval does the work")
+
+
+@contextmanager
+def _polling(settings: Settings, ending: Ending, wake: Wake) -> Iterator[Poller | None]:
+    """The side task that asks LiteLLM's spend logs, where its address is known."""
+    if settings.litellm_url is None or settings.litellm_api_key is None:
+        yield None
+        return
+    logs = SpendLogs(settings.litellm_url, settings.litellm_api_key.get_secret_value(), stop=ending.stop)
+    poller = Poller(logs, partial(parse_row, cost_max=settings.cost_max_usd), wake.set)
+    poller.start()
     try:
-        tailer.run()
+        with ending.watching("the poller of spend logs", lambda: poller.alive() or ending.stop.is_set()):
+            yield poller
     finally:
-        ledger.close()
+        poller.stop()
 
 
 def _migrate(settings: Settings, dsn: str, follower: Follower, events: Events, health: Health, ending: Ending) -> None:

@@ -260,7 +260,7 @@ def _id(fields: dict[str, Any], name: str) -> str | None:
     """An id that may become the key of a call."""
     value = fields.get(name)
     if type(value) is str and 1 < len(value) <= ID_CHARS_MAX and value.isascii() and value.isprintable():
-        if " " in value:
+        if value[0] == " " or value[-1] == " ":
             raise _bad_value(name, value)
         return value
     if value is None or value in ("", "-"):

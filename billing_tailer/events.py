@@ -6,7 +6,7 @@ Metric names, their labels and their meaning stand in README's table, which a te
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import structlog
@@ -22,7 +22,18 @@ from prometheus_client import (
 )
 
 from billing_tailer import __version__
-from billing_tailer.model import DeadLetterReason, FileState, Gap, Outcome, Plan, Position, SkipReason
+from billing_tailer.model import (
+    DeadLetterReason,
+    ExceptionKind,
+    FileState,
+    Gap,
+    Outcome,
+    Plan,
+    Position,
+    SkipReason,
+    SpendSource,
+)
+from billing_tailer.settle import Decision
 
 FILE_LABELS_MAX = 50
 """Files with a label of their own; the others are summed under `_other`."""
@@ -82,6 +93,22 @@ class Events:
         )
         self._failures = counter("commit_failures_total", "Failed commits by reason", "reason")
         self._resets = counter("offset_resets_total", "Offsets reset by an operator", "source")
+        self._pending = gauge("pending_calls", "Calls without a receipt that may still get one")
+        self._oldest_pending = gauge(
+            "oldest_pending_timestamp_seconds", "Since when the longest waiting call is committed; NaN if none waits"
+        )
+        self._receipts = counter("receipts_total", "Receipts written")
+        self._credits = counter("charged_credits_total", "Credits charged by receipts (1 credit = 0.0000001 USD)")
+        self._adjustments = counter("adjustments_total", "Corrections of settled calls")
+        self._exceptions = gauge("call_exceptions_open", "Open exceptions of calls by kind", "kind")
+        self._records = counter("spend_records_total", "Spend records committed by source", "source")
+        self._rejected_rows = counter("spend_rows_rejected_total", "Rows of LiteLLM's spend logs that are no records")
+        self._callbacks = counter("callback_requests_total", "Callback requests by HTTP status", "code")
+        self._spool_alarm = gauge("spool_alarm", "1 while the spool is full or cannot be written")
+        self._polled = gauge(
+            "reconcile_last_success_timestamp_seconds", "Time of the last complete poll of LiteLLM's spend logs"
+        )
+        self._poll_failures = counter("reconcile_failures_total", "Polls of LiteLLM's spend logs that failed")
         self._files = gauge("files", "Generations of files by state", "state")
         self._active = gauge("active", "1 while this process is the one that commits, 0 on standby")
         Info("billing_tailer_build", "Version of the program", registry=registry).info({"version": __version__})
@@ -98,6 +125,11 @@ class Events:
             self._files.labels(state)
         for source in ("env", "cli"):
             self._resets.labels(source)
+        for kind in ExceptionKind:
+            self._exceptions.labels(kind)
+        for spend_source in SpendSource:
+            self._records.labels(spend_source)
+        self._oldest_pending.set(math.nan)
         self._oldest.set(math.nan)
 
     def exposition(self) -> bytes:
@@ -124,6 +156,7 @@ class Events:
         """One plan is committed: the canonical line of the log."""
         for outcome, count in counts.items():
             self._lines.labels(outcome).inc(count)
+        self._records.labels(SpendSource.CALLBACK).inc(counts.get(Outcome.SPEND_RECORD, 0))
         for letter in plan.dead_letters:
             self._letters.labels(letter.reason).inc()
             self._log.warning(
@@ -153,6 +186,56 @@ class Events:
         """A transaction failed; nothing of it is in the database, or it will be found there."""
         self._failures.labels(reason).inc()
         self._log.warning("commit.failed", reason=reason, message=message)
+
+    def settled(self, decisions: Collection[Decision]) -> None:
+        """Decisions are committed."""
+        receipts = [decision.receipt for decision in decisions if decision.receipt is not None]
+        for decision in decisions:
+            if decision.adjustment is not None:
+                self._adjustments.inc()
+                self._log.warning(
+                    "adjustment",
+                    call_id=decision.adjustment.source_reference,
+                    delta_credits=decision.adjustment.delta_credits,
+                    reason=decision.adjustment.reason,
+                )
+            for one in decision.opened:
+                self._log.warning("exception.opened", call_id=one.call_id, kind=one.kind)
+            for one in decision.closed:
+                self._log.info("exception.closed", call_id=one.call_id, kind=one.kind, reason=one.reason)
+        if receipts:
+            self._receipts.inc(len(receipts))
+            self._credits.inc(sum(receipt.charged_credits for receipt in receipts))
+            self._log.info("settled", receipts=len(receipts))
+
+    def settlement(self, counts: Mapping[str, Any]) -> None:
+        """What waits for settlement, as counted in the database."""
+        self._pending.set(counts["pending"])
+        self._oldest_pending.set(math.nan if counts["oldest_pending"] is None else counts["oldest_pending"])
+        for kind in ExceptionKind:
+            self._exceptions.labels(kind).set(counts["exceptions"].get(kind, 0))
+
+    def polled(self, records: int, new: int, rejected: int, failure: str | None) -> None:
+        """LiteLLM's spend logs were asked."""
+        self._records.labels(SpendSource.SPEND_LOGS).inc(new)
+        self._rejected_rows.inc(rejected)
+        if failure is None:
+            self._polled.set_to_current_time()
+        else:
+            self._poll_failures.inc()
+            self._log.error("spend_logs.failed", message=failure)
+        if new or rejected:
+            self._log.info("spend_logs.polled", records=records, new=new, rejected=rejected)
+
+    def callback(self, code: int) -> None:
+        """A callback request was answered."""
+        self._callbacks.labels(str(code)).inc()
+
+    def spool(self, trouble: str | None) -> None:
+        """The spool is in trouble, or well."""
+        self._spool_alarm.set(trouble is not None)
+        if trouble is not None:
+            self._log.error("spool.trouble", message=trouble)
 
     def gap(self, gap: Gap, path: str) -> None:
         """Bytes are declared as not read."""

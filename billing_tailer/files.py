@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from billing_tailer.errors import ConfigError
@@ -82,7 +82,11 @@ class _Handle:
 class LogFiles:
     """The log files of a set of globs, with a bounded number of them held open."""
 
-    def __init__(self, globs: Sequence[str], open_files_max: int) -> None:
+    def __init__(
+        self, globs: Sequence[str], open_files_max: int, may_read: Callable[[bytes], bool] = lambda _: True
+    ) -> None:
+        """may_read: asked for the path of every file that a glob matches; False leaves it alone for now."""
+        self._may_read = may_read
         self._globs = [os.fsencode(pattern) for pattern in globs]
         self._open_files_max = open_files_max
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
@@ -139,8 +143,8 @@ class LogFiles:
         files = tuple(sorted(found.values(), key=lambda file: file.path))
         return Scan(files, not problems, tuple(problems), tuple(sorted(strays)))
 
-    @staticmethod
     def _scan_directory(
+        self,
         entries: Iterable[os.DirEntry[bytes]],
         names: Sequence[bytes],
         wanted: Collection[tuple[int, int]],
@@ -164,6 +168,8 @@ class LogFiles:
                 continue
             locator = (status.st_dev, status.st_ino)
             if not stat.S_ISREG(status.st_mode) or (not matches and locator not in wanted):
+                continue
+            if not self._may_read(entry.path):
                 continue
             if not matches:
                 strays.add(escape_path(entry.path))

@@ -5,7 +5,7 @@ gaps, blocked ones) and keeps the positions of this process in step with Postgre
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from billing_tailer.events import Events
@@ -22,12 +22,24 @@ SCAN_SHARE = 20
 class Follower:
     """Positions by `file_id`, and for those that may be read the file that holds them."""
 
-    def __init__(self, files: LogFiles, ledger: Ledger, events: Events, health: Health, *, start_at_end: bool) -> None:
+    def __init__(
+        self,
+        files: LogFiles,
+        ledger: Ledger,
+        events: Events,
+        health: Health,
+        *,
+        start_at_end: bool,
+        is_spool: Callable[[str], bool] = lambda _: False,
+    ) -> None:
+        """start_at_end: a source without log files begins at their ends. is_spool: whether a path is a spool file,
+        which is never skipped."""
         self._files = files
         self._ledger = ledger
         self._events = events
         self._health = health
         self._start_at_end = start_at_end
+        self._is_spool = is_spool
         self._next_scan = 0.0
         self._unread_since: dict[int, float] = {}
         self._unreadable: list[str] = []
@@ -108,7 +120,8 @@ class Follower:
         earlier = [p for p in self.positions.values() if p.path == seen.path]
         previous = max(earlier, key=lambda p: p.file_id, default=None)
         try:
-            at_end = self._start_at_end and not self.positions
+            at_end = self._start_at_end and not self._is_spool(seen.path)
+            at_end = at_end and all(self._is_spool(position.path) for position in self.positions.values())
             place = self._files.place_at(seen, self._files.after_last_newline(seen) if at_end else 0)
         except OSError as error:
             self._unreadable.append(f"{seen.path}: {error.strerror}")
@@ -135,6 +148,14 @@ class Follower:
         if (before.state, before.path, before.locator) != (after.state, after.path, after.locator):
             report = self._events.error if after.state is FileState.BLOCKED else self._events.info
             report("file.changed", was=before.path, **_described(after))
+
+    def spool_is_behind(self) -> bool:
+        """Whether a spool file in sight has bytes that are not committed."""
+        return any(
+            file.size > self.positions[file_id].committed_offset
+            for file_id, file in self.followed.items()
+            if self._is_spool(file.path)
+        )
 
     def may_stand_by(self, recorded: Sequence[Position]) -> bool:
         """Whether this volume shows a file that the active tailer of our source id follows, judged by its content."""

@@ -5,7 +5,7 @@ line are `NamedTuple`s, because a frozen dataclass costs several times as much t
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -77,6 +77,7 @@ class Outcome(StrEnum):
     REPLAYED = "replayed"
     CONFLICT = "conflict"
     DEAD_LETTER = "dead_letter"
+    SPEND_RECORD = "spend_record"
 
 
 class UsageFact(NamedTuple):
@@ -130,6 +131,14 @@ class PlacedFact(NamedTuple):
     file_id: int
     start_offset: int
     end_offset: int
+
+
+class PlacedRecord(NamedTuple):
+    """A spend record and where in the spool it was read; both None for one that LiteLLM was asked for."""
+
+    record: "SpendRecord"
+    file_id: int | None = None
+    start_offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +286,7 @@ class Plan:
     facts: tuple[PlacedFact, ...]
     dead_letters: tuple[DeadLetter, ...] = ()
     overlapping: bool = False
-    gaps: tuple[Gap, ...] = field(default=())
+    records: tuple[PlacedRecord, ...] = ()
 
     @property
     def lines(self) -> int:
@@ -288,3 +297,196 @@ class Plan:
     def bytes(self) -> int:
         """Number of bytes the plan moves the offsets by."""
         return sum(step.end_offset - step.position.committed_offset for step in self.steps)
+
+
+# --- settlement: what LiteLLM says of a call, and what becomes of it ------------------------------------------------
+
+
+class SpendSource(StrEnum):
+    """Where a spend record came from: `spend_records.source`."""
+
+    CALLBACK = "callback"
+    SPEND_LOGS = "spend_logs"
+
+
+class SpendStatus(StrEnum):
+    """How an attempt ended, as LiteLLM says: `spend_records.status`."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+
+
+@dataclass(frozen=True, slots=True)
+class SpendRecord:
+    """What LiteLLM says of one attempt of a call: a row of `spend_records`. `received_at` is set by Postgres.
+
+    (call_id, source, record_id): the key. cost_usd: USD, unrounded, never negative; cost_text: only where the cost is
+    no amount that can be charged (then cost_usd is None); both None: LiteLLM gave no cost. Tokens: counts, the cached
+    ones included in prompt_tokens; None where LiteLLM gave no usable number. end_user, run_id: LiteLLM's, not our
+    proxy's. request_id: the provider's or LiteLLM's id, forensic, never a join key. started_at, ended_at: UTC.
+    """
+
+    call_id: str
+    source: SpendSource
+    record_id: str
+    status: SpendStatus
+    model_group: str | None
+    model: str | None
+    provider: str | None
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    cost_usd: Decimal | None
+    cost_text: str | None
+    cache_hit: bool | None
+    end_user: str | None
+    run_id: str | None
+    error_code: str | None
+    request_id: str | None
+    started_at: datetime | None
+    ended_at: datetime | None
+
+
+class Provenance(StrEnum):
+    """How the answer was delivered, or `manual` where a person named the cost: `charge_receipts.provenance`."""
+
+    STREAM = "stream"
+    RESPONSE = "response"
+    MANUAL = "manual"
+
+
+class ExceptionKind(StrEnum):
+    """Why a call needs a look: `call_exceptions.kind`, also the metric label.
+
+    The held ones, `conflict` and `unattributed` keep a call from being charged. `not_charged` and `overdue` say why it
+    has no receipt. `cost_mismatch`: what is charged is not what the records say. The last two only inform.
+    """
+
+    HELD_ZERO_COST = "held_zero_cost"
+    HELD_BAD_COST = "held_bad_cost"
+    UNATTRIBUTED = "unattributed"
+    NOT_CHARGED = "not_charged"
+    OVERDUE = "overdue"
+    CONFLICT = "conflict"
+    COST_MISMATCH = "cost_mismatch"
+    CALL_ID_NOT_FORWARDED = "call_id_not_forwarded"
+    MODEL_MISMATCH = "model_mismatch"
+
+
+class Corrections(StrEnum):
+    """What to do where later records change the bill of a settled call: `BILLING_TAILER_CORRECTIONS`."""
+
+    APPLY = "apply"
+    REPORT = "report"
+
+
+SETTLER = "settler"
+"""`created_by` and `closed_by` of what the program does by itself; anything else is a person's name."""
+SOURCE_SYSTEM = "litellm"
+CHARGE_REASON = "llm_usage"
+RECEIPT_KIND = "llm"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The money of one call: a row of `charge_receipts` (without created_at). Costs in USD, 1 credit = 1e-7 USD.
+
+    source_reference: the call id alone (ONE_RECEIPT_PER_CALL). spend_source, record_ids: the records that were summed;
+    with provenance `manual` the source is None and record_ids are all those the person could see.
+    """
+
+    source_reference: str
+    billing_account_id: str
+    run_id: str | None
+    attempt: int | None
+    litellm_call_id: str
+    charged_credits: int
+    provider_cost_usd: Decimal
+    user_cost_usd: Decimal
+    markup_factor: Decimal
+    provenance: Provenance
+    spend_source: SpendSource | None
+    record_ids: tuple[str, ...]
+    occurred_at: datetime
+    source_system: str = SOURCE_SYSTEM
+    charge_reason: str = CHARGE_REASON
+    receipt_kind: str = RECEIPT_KIND
+
+
+@dataclass(frozen=True, slots=True)
+class ChargeDetails:
+    """The telemetry of one receipt: a row of `llm_charge_details`. Everything but graph_id is LiteLLM's word.
+
+    provider_call_id: forensic, never a join key; model: LiteLLM's model group; response_cost_usd: of the record the
+    details come from, unrounded; latency_ms: between that record's start and end. All None where there are no records.
+    """
+
+    source_reference: str
+    provider_call_id: str | None
+    model: str | None
+    provider_model: str | None
+    provider: str | None
+    tokens_in: int | None
+    tokens_out: int | None
+    cached_tokens: int | None
+    reasoning_tokens: int | None
+    response_cost_usd: Decimal | None
+    cache_hit: bool | None
+    latency_ms: int | None
+    graph_id: str | None
+    source_system: str = SOURCE_SYSTEM
+
+
+@dataclass(frozen=True, slots=True)
+class Adjustment:
+    """A correction of a settled call: a row of `charge_adjustments` (without created_at).
+
+    delta_credits, delta_cost_usd (of the provider cost): added to the receipt's. evidence: JSON, with `record_ids`.
+    created_by: SETTLER, or the person who decided.
+    """
+
+    source_reference: str
+    evidence_hash: str
+    delta_credits: int
+    delta_cost_usd: Decimal
+    reason: str
+    evidence: Mapping[str, object]
+    created_by: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallException:
+    """A row of `call_exceptions`, open (closed_by None) or closed. detail: JSON; its `evidence` tells whether a person
+    who closed it has seen what there is to see now."""
+
+    call_id: str
+    kind: ExceptionKind
+    seq: int
+    detail: Mapping[str, object]
+    closed_by: str | None = None
+    reason: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has closed it."""
+        return self.closed_by is None
+
+    @property
+    def evidence(self) -> object:
+        """What it is about; the same kind with other evidence is another exception."""
+        return self.detail.get("evidence")
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A person's decision on one call (`exceptions release`).
+
+    cost_usd: the provider cost of the whole call, before markup; None: the records' own. billing_account_id: whom to
+    charge; None: as the line says.
+    """
+
+    reason: str
+    released_by: str
+    cost_usd: Decimal | None = None
+    billing_account_id: str | None = None

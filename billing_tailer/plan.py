@@ -19,10 +19,12 @@ from billing_tailer.model import (
     FileStep,
     Outcome,
     PlacedFact,
+    PlacedRecord,
     Plan,
     Position,
     Rejected,
     Skip,
+    SpendRecord,
     UsageFact,
 )
 
@@ -37,7 +39,7 @@ RAW_BYTES_MAX_TOO_LONG = 4 << 10
 RAW_BYTES_MAX_PER_FILE = 100 << 20
 """Beyond this a file's dead letters keep no bytes, so that a file of nothing but poison cannot fill the database."""
 
-Parse = Callable[[bytes], UsageFact | Skip | Rejected]
+Parse = Callable[[bytes], UsageFact | SpendRecord | Skip | Rejected]
 
 
 class Bytes(Protocol):
@@ -93,6 +95,7 @@ class FileWork:
     facts: list[PlacedFact]
     dead_letters: list[DeadLetter]
     row: OpenRow
+    records: list[PlacedRecord] = field(default_factory=list)
 
 
 def take_lines(
@@ -108,6 +111,7 @@ def take_lines(
     counts: Counter[str] = Counter()
     facts: list[PlacedFact] = []
     letters: list[DeadLetter] = []
+    records: list[PlacedRecord] = []
     kept_bytes = position.dead_letter_bytes
     start = position.committed_offset
     for line in lines:
@@ -118,6 +122,9 @@ def take_lines(
             facts.append(PlacedFact(outcome, position.file_id, start, end))
         elif type(outcome) is Skip:
             counts[outcome.reason] += 1
+        elif type(outcome) is SpendRecord:
+            counts[Outcome.SPEND_RECORD] += 1
+            records.append(PlacedRecord(outcome, position.file_id, start))
         elif type(outcome) is Rejected:
             counts[Outcome.DEAD_LETTER] += 1
             letters.append(_dead_letter(position.file_id, start, line + b"\n", outcome, kept_bytes))
@@ -129,7 +136,7 @@ def take_lines(
     if len(tail) < FRONTIER_BYTES_MAX:
         tail = (chunk.context + tail)[-FRONTIER_BYTES_MAX:]
     step = _step(position, grown, row, head=head, tail=tail, size=chunk.size, kept_bytes=kept_bytes, counts=counts)
-    return FileWork(step, facts, letters, grown)
+    return FileWork(step, facts, letters, grown, records)
 
 
 def take_long_line(position: Position, line: LongLine, size: int) -> FileWork:
@@ -162,6 +169,7 @@ def build(works: Sequence[FileWork]) -> Plan:
         facts=facts,
         dead_letters=tuple(letter for work in works for letter in work.dead_letters),
         overlapping=len({fact.fact.call_id for fact in facts}) != len(facts),
+        records=tuple(record for work in works for record in work.records),
     )
 
 
@@ -181,6 +189,7 @@ def without_refused(plan: Plan, letters: Mapping[int, DeadLetter]) -> Plan:
         facts=tuple(fact for index, fact in enumerate(plan.facts) if index not in letters),
         dead_letters=(*plan.dead_letters, *bounded),
         overlapping=plan.overlapping,
+        records=plan.records,
     )
 
 
@@ -190,7 +199,7 @@ def refused(fact: PlacedFact, line: bytes, detail: str) -> DeadLetter:
     return _dead_letter(fact.file_id, fact.start_offset, line, rejected, 0)
 
 
-def _outcome(line: bytes, parse: Parse, line_bytes_max: int) -> UsageFact | Skip | Rejected:
+def _outcome(line: bytes, parse: Parse, line_bytes_max: int) -> UsageFact | SpendRecord | Skip | Rejected:
     if len(line) > line_bytes_max:
         return Rejected(DeadLetterReason.TOO_LONG, f"{len(line) + 1} bytes")
     return parse(line)

@@ -5,7 +5,7 @@ and how far an over-long line has been scanned. Both can be forgotten at any tim
 """
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from billing_tailer.files import LogFiles
@@ -41,9 +41,10 @@ class Batch:
 class Reader:
     """Reads what follows the positions."""
 
-    def __init__(self, files: LogFiles, parse: Parse, limits: Limits) -> None:
+    def __init__(self, files: LogFiles, parser_of: Callable[[str], Parse], limits: Limits) -> None:
+        """parser_of: a file's path -> what its lines are."""
         self._files = files
-        self._parse = parse
+        self._parser_of = parser_of
         self._limits = limits
         self._rows: dict[int, OpenRow] = {}
         self._long_lines: dict[int, LongLine] = {}
@@ -117,9 +118,10 @@ class Reader:
             if chunk is Verdict.UNREADABLE:
                 batch.unreadable += (f"{file.path}: cannot be read",)
             return None
-        work = take_lines(position, chunk, row, self._parse, lines_max=lines_max, line_bytes_max=line_max)
+        parse = self._parser_of(position.path)
+        work = take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=line_max)
         if work is None and len(chunk.data) > line_max:
-            self._long_lines[position.file_id] = LongLine(position.committed_offset)
+            self._long_lines[position.file_id] = LongLine(position.committed_offset, tail=chunk.context)
             batch.streaming = True
         return work
 

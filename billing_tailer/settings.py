@@ -26,6 +26,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
@@ -242,6 +243,33 @@ def _http_host(value: str) -> str:
     return value
 
 
+def _http_url(value: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s@?#]*)?", value):
+        raise ValueError("must be http://HOST:PORT or https://HOST, without user, query and fragment")
+    return value.rstrip("/")
+
+
+def _decimal(value: object) -> object:
+    """A plain decimal: a float would bring its noise into money."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,12})?", value):
+        raise ValueError("must be a plain decimal such as 1.2, with at most 12 decimals")
+    return Decimal(value)
+
+
+def _markup(value: Decimal) -> Decimal:
+    if value > 1000:
+        raise ValueError("must be from 0 to 1000; 1 charges what the provider costs")
+    return value
+
+
+def _cost_max(value: Decimal) -> Decimal:
+    if value <= 0:
+        raise ValueError("must be above 0")
+    return value
+
+
 def _offset_reset(value: object) -> object:
     return OffsetReset.parse(value) if isinstance(value, str) else value
 
@@ -313,7 +341,59 @@ class Settings(BaseSettings):
         description="directory with initdb and postgres for the embedded Postgres; unset: searched for",
     )
 
-    # --- LiteLLM and money: their fields come here, with the code that reads them
+    # --- LiteLLM and money
+    cost_source: Literal["litellm"] = Field(
+        default="litellm", description="who says what a call costs: litellm, by callbacks and spend logs"
+    )
+    spool_dir: DirectoryPath | None = Field(
+        default=None,
+        description="where callbacks wait for Postgres, on a disk that persists; unset: spool/ in the data directory",
+    )
+    spool_bytes_max: int = Field(
+        default=1_073_741_824,
+        ge=1_048_576,
+        le=1_099_511_627_776,
+        description="most bytes of spool files; beyond it callbacks are answered 503",
+    )
+    callback_token: Annotated[SecretStr, AfterValidator(_api_token)] | None = Field(
+        default=None,
+        description="bearer token of LiteLLM's callbacks; unset: none are taken, or with SPOOL_DIR from loopback only",
+    )
+    callback_bytes_max: int = Field(
+        default=536_870_912,
+        ge=65_536,
+        le=17_179_869_184,
+        description="longest callback body in bytes; it is read as a stream",
+    )
+    litellm_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        default=None, description="LiteLLM's base URL, to ask its spend logs; unset: callbacks alone settle calls"
+    )
+    litellm_api_key: SecretStr | None = Field(
+        default=None, description="LiteLLM's admin key; required with LITELLM_URL"
+    )
+    markup_factor: Annotated[Decimal, BeforeValidator(_decimal), AfterValidator(_markup)] = Field(
+        default=Decimal(1), description="what users pay per provider dollar, a decimal from 0 to 1000"
+    )
+    free_models: Annotated[tuple[str, ...], BeforeValidator(_items)] = Field(
+        default=(),
+        description="models that may cost 0 (globs on model group or model, separated by commas); others are held",
+    )
+    settle_deadline_seconds: int = Field(
+        default=900, ge=1, le=604_800, description="how long a call may wait for its spend record before it is overdue"
+    )
+    failure_quiet_seconds: int = Field(
+        default=10, ge=0, le=3600, description="silence after which a call with failed attempts only is decided"
+    )
+    corrections: Literal["apply", "report"] = Field(
+        default="apply", description="later differences: apply as adjustments, or only report as exceptions"
+    )
+    trust_litellm_end_user: bool = Field(
+        default=False,
+        description="whether LiteLLM's end user is the account where the line has none (a client can set it)",
+    )
+    cost_max_usd: Annotated[Decimal, BeforeValidator(_decimal), AfterValidator(_cost_max)] = Field(
+        default=Decimal(1000), description="a single record above this many dollars is held"
+    )
 
     # --- how much at once
     poll_interval_seconds: float = Field(
@@ -443,7 +523,7 @@ class EnvironSource(PydanticBaseSettingsSource):
                     values[field_name] = value
         if "database_url" not in {*values, *self.problems} and any(self.environ.get(name) for name in LIBPQ_NAMES):
             values["database_url"] = ""
-        self._check_offset_reset_pair({*values, *self.problems})
+        self._check_pairs({*values, *self.problems})
         self._check_names()
         return values
 
@@ -466,12 +546,17 @@ class EnvironSource(PydanticBaseSettingsSource):
         self.given[field_name] = given
         return given.text, given.name, False
 
-    def _check_offset_reset_pair(self, present: set[str]) -> None:
+    def _check_pairs(self, present: set[str]) -> None:
         reset, reset_id = env_name("offset_reset"), env_name("offset_reset_id")
         if "offset_reset" in present and "offset_reset_id" not in present:
             self.problems["offset_reset_id"] = (
                 f"{reset_id} is not set, but {reset} is: give the reset a new id, under which it is applied once"
             )
+        url, key = env_name("litellm_url"), env_name("litellm_api_key")
+        if "litellm_url" in present and "litellm_api_key" not in present:
+            self.problems["litellm_api_key"] = f"{key} is not set, but {url} is: set LiteLLM's admin key"
+        if "litellm_api_key" in present and "litellm_url" not in present:
+            self.problems["litellm_url"] = f"{url} is not set, but {key} is: set LiteLLM's base URL"
         if "offset_reset_id" in present and "offset_reset" not in present:
             self.problems["offset_reset"] = f"{reset} is not set, but {reset_id} is: set the reset, or remove its id"
 
@@ -536,6 +621,8 @@ def _wanted(field: FieldInfo) -> str:
     choices = [choice for choice in get_args(field.annotation) if isinstance(choice, str)]
     if choices:
         return f"must be {' or '.join(choices)}"
+    if field.annotation is bool:
+        return "must be true or false"
     if field.annotation in {int, float}:
         low = next(limit.ge for limit in field.metadata if hasattr(limit, "ge"))
         high = next(limit.le for limit in field.metadata if hasattr(limit, "le"))

@@ -24,6 +24,7 @@ from billing_tailer.model import Plan
 from billing_tailer.plan import FileWork, build, refused, without_refused
 from billing_tailer.reader import Batch, Reader
 from billing_tailer.resets import OrderedReset
+from billing_tailer.settler import Settler
 from billing_tailer.wake import Wake
 
 CHECK_SECONDS = 2.0
@@ -47,6 +48,7 @@ class Tailer:
         stop: threading.Event,
         poll_interval_seconds: float,
         reset: OrderedReset,
+        settler: Settler,
     ) -> None:
         self._files = files
         self._ledger = ledger
@@ -58,6 +60,7 @@ class Tailer:
         self._stop = stop
         self._poll_interval_seconds = poll_interval_seconds
         self._reset = reset
+        self._settler = settler
         self._committer = ThreadPoolExecutor(1, "commit")
         self._ahead: Batch | None = None
         self._next_show = 0.0
@@ -137,10 +140,11 @@ class Tailer:
         self._health.say("reading", batch.unreadable)
         if batch.works:
             self._commit(batch)
+        settling = self._settler.turn()
         if batch.works or time.monotonic() >= self._next_show:
             self._next_show = time.monotonic() + SHOW_SECONDS
             self._follower.show(time.time(), waiting=False)
-        return bool(batch.works) or batch.streaming or self._follower.registered
+        return bool(batch.works) or batch.streaming or self._follower.registered or settling
 
     def _next_batch(self) -> Batch:
         """The batch that was read while the last one was committed, if the positions are still those it follows."""
@@ -225,3 +229,6 @@ class Tailer:
             self._reader.adopt(work, step.batch.counts)
             counts.update(step.counts)
         self._events.committed(plan, counts, committed.seconds, time.time())
+        self._settler.after_commit(
+            {fact.fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
+        )

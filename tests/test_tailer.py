@@ -358,3 +358,29 @@ def test_another_session_holds_the_lock(dsn: str, volume: Path) -> None:
         second = Ledger(dsn, schema="billing", source_id="default", stop=rig.tailer._stop)
         assert second._try_open() is False
         second.close()
+
+
+def test_a_half_line_over_a_small_limit(dsn: str, volume: Path) -> None:
+    """The bytes before an over-long line belong to its frontier."""
+    log = volume / "audit.jsonl"
+    log.write_bytes(lines(0, 3) + b"x" * 1500)
+    with following(dsn, volume, line_bytes_max=1024) as rig:
+        with log.open("ab") as out:
+            out.write(b"\n" + line(3))
+        rig.turn()
+    assert outcomes(dsn) == {"fact": 4, "dead_letter": 1}
+    assert_sound(dsn, {1: log.read_bytes()})
+
+
+def test_lost_content_that_comes_back_is_read_and_no_gap_any_more(dsn: str, volume: Path) -> None:
+    log = volume / "audit.jsonl"
+    log.write_bytes(lines(0, 10))
+    with following(dsn, volume) as rig:
+        os.truncate(log, 0)
+        rig.turn()
+        assert count(dsn, "log_gaps") == 1
+        (volume / "audit.jsonl.restored").write_bytes(lines(0, 15))
+        rig.turn()
+    assert outcomes(dsn) == {"fact": 15}
+    assert count(dsn, "log_gaps") == 0
+    assert_sound(dsn)

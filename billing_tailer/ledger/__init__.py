@@ -3,6 +3,7 @@
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.reports import Reports, probe, reports
 from billing_tailer.ledger.resets import Reset
+from billing_tailer.ledger.settlement import Waiting, Window
 from billing_tailer.ledger.sqlfile import migrations
 from billing_tailer.ledger.writer import Changes, Committed, Ledger, LedgerState, NewFile
 
@@ -14,6 +15,8 @@ __all__ = [
     "NewFile",
     "Reports",
     "Reset",
+    "Waiting",
+    "Window",
     "migrate",
     "migrations",
     "probe",

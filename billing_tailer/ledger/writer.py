@@ -10,9 +10,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -23,7 +24,9 @@ from psycopg.types.json import Jsonb
 from tenacity import RetryError, Retrying, retry_if_exception_type, wait_exponential_jitter
 
 from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, TailerError
+from billing_tailer.ledger import settlement
 from billing_tailer.ledger.connection import Connection, connect, lock_key, query, require_schema, wrapped
+from billing_tailer.ledger.records import insert_records, record_key
 from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
 from billing_tailer.model import (
     BlockReason,
@@ -34,12 +37,15 @@ from billing_tailer.model import (
     Outcome,
     Place,
     PlacedFact,
+    PlacedRecord,
     Plan,
     Position,
     SeenFile,
+    SpendRecord,
     UsageFact,
 )
 from billing_tailer.plan import moved_counts
+from billing_tailer.settle import CallState, Decision
 
 PING_SECONDS = 2.0
 """How often an idle session proves that it is alive; a frozen one is ended by the server after IDLE_SECONDS."""
@@ -103,6 +109,8 @@ class Ledger:
         self._connection: Connection | None = None
         self._backend: tuple[int, datetime] | None = None
         self._lock_key = lock_key("source", schema, source_id)
+        unsigned = self._lock_key & (2**64 - 1)
+        self._lock_words = {"high": unsigned >> 32, "low": unsigned & (2**32 - 1)}  # as pg_locks shows the key
         self._last_proof = 0.0
         self.state = LedgerState.CONNECTING
         self.trouble: str | None = None
@@ -174,6 +182,7 @@ class Ledger:
             with wrapped():
                 row = connection.execute("select pg_try_advisory_lock(%s)", (self._lock_key,)).fetchone()
                 if row != (True,):
+                    connection.execute(query("end_frozen_owner"), {**self._lock_words, "seconds": IDLE_SECONDS})
                     self.state, self.trouble = LedgerState.STANDBY, "another tailer is active for this source"
                     return False
                 row = connection.execute(
@@ -191,13 +200,12 @@ class Ledger:
 
     def _prove_lock(self) -> None:
         """The session that holds the lock must be the one we talk to: a DSN that pools per transaction breaks that."""
-        key = self._lock_key & (2**64 - 1)
         with wrapped():
             row = self._session.execute(
                 "select pg_backend_pid(), array_agg(pid) from pg_locks where locktype = 'advisory' and granted "
                 "and database = (select oid from pg_database where datname = current_database()) "
                 "and classid::bigint = %s and objid::bigint = %s and objsubid = 1",
-                (key >> 32, key & (2**32 - 1)),
+                (self._lock_words["high"], self._lock_words["low"]),
             ).fetchone()
         assert row is not None
         assert self._backend is not None
@@ -255,6 +263,10 @@ class Ledger:
                 done = self._session.execute(query("update_file"), _place(position))
                 if done.rowcount != 1:
                     raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
+                if position.state is not FileState.FINAL:
+                    # what was given up as lost has come back: it will be read, and must not stand as a gap too
+                    place = {"file_id": position.file_id, "offset": position.committed_offset}
+                    self._session.execute(query("delete_gaps_from"), place)
             for file in changes.new:
                 self._insert_file(file)
 
@@ -311,51 +323,81 @@ class Ledger:
     def commit(self, plan: Plan) -> Committed:
         """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written."""
         started = time.monotonic()
-        steps = plan.steps
         try:
-            if plan.overlapping:
-                steps = self._commit_staged(plan)
-            else:
-                self._commit_new(plan)
+            steps = self._commit_staged(plan) if plan.overlapping else self._commit_new(plan)
         except Overlap:
             steps = self._commit_staged(plan)
         self._last_proof = time.monotonic()
         return Committed(steps, tuple(step.after() for step in steps), self._last_proof - started)
 
-    def _commit_new(self, plan: Plan) -> None:
+    def _commit_new(self, plan: Plan) -> tuple[FileStep, ...]:
         """The common case: no call is known yet. A unique violation rolls everything back."""
         session = self._session
         if len(plan.facts) > PIPELINE_FACTS_MAX:
             with wrapped(), session.transaction():
+                steps = self._insert_records(plan)
                 _copy(session, _COPY_FACTS, (_row(fact) for fact in plan.facts))
+                _copy(session, query("copy_unsettled"), (_unsettled(fact.fact) for fact in plan.facts))
                 with session.pipeline() as pipeline:
-                    self._write_positions(plan, plan.steps, pipeline)
-            return
+                    self._write_positions(plan, steps, pipeline)
+            return steps
         # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
         # process that freezes right then would keep its lock
-        with wrapped(), session.transaction(), session.pipeline() as pipeline:
-            if plan.facts:
-                with session.cursor() as cursor:
-                    cursor.executemany(_INSERT_FACT, [_row(fact) for fact in plan.facts])
-            self._write_positions(plan, plan.steps, pipeline)
+        with wrapped(), session.transaction():
+            steps = self._insert_records(plan)
+            with session.pipeline() as pipeline:
+                if plan.facts:
+                    session.cursor().executemany(_INSERT_FACT, [_row(fact) for fact in plan.facts])
+                    rows = [_unsettled(fact.fact) for fact in plan.facts]
+                    session.cursor().executemany(query("insert_unsettled"), rows)
+                self._write_positions(plan, steps, pipeline)
+        return steps
 
     def _commit_staged(self, plan: Plan) -> tuple[FileStep, ...]:
         """Calls that may be known: stage all, insert what is new, and sort the others into replays and conflicts."""
         session = self._session
         with wrapped(), session.transaction():
+            steps = self._insert_records(plan)
             session.execute(query("create_staging"))
             _copy(session, _COPY_STAGED, ((*_row(fact), number) for number, fact in enumerate(plan.facts)))
             first: dict[str, int] = {}
             for number, fact in enumerate(plan.facts):
                 first.setdefault(fact.fact.call_id, number)
             inserted = [first[row[0]] for row in session.execute(_INSERT_STAGED).fetchall()]
+            session.execute(query("unsettle_staged"), {"inserted": inserted})
             others = session.execute(query("classify_staged"), {"inserted": inserted}).fetchall()
-            steps, conflicts = _sort_out(plan, others)
+            steps, conflicts = _sort_out(plan, steps, others)
             if conflicts:
                 session.execute(query("insert_conflicts"), {"conflicts": conflicts})
             with session.pipeline() as pipeline:
                 self._write_positions(plan, steps, pipeline)
         return steps
+
+    def add_records(self, records: Sequence[SpendRecord]) -> int:
+        """Spend records that LiteLLM was asked for; returns how many of them are new."""
+        if not records:
+            return 0
+        with wrapped(), self._session.transaction():
+            return len(insert_records(self._session, [PlacedRecord(record) for record in records]))
+
+    def _insert_records(self, plan: Plan) -> tuple[FileStep, ...]:
+        """Insert the plan's spend records; returns the steps, with those that are known counted as replays."""
+        if not plan.records:
+            return plan.steps
+        new = insert_records(self._session, plan.records)
+        seen: set[tuple[str, str, str]] = set()
+        replays: Counter[int] = Counter()
+        for placed in plan.records:
+            key = record_key(placed.record)
+            if key not in new or key in seen:
+                replays[placed.file_id or 0] += 1
+            seen.add(key)
+        return tuple(
+            moved_counts(step, {str(Outcome.SPEND_RECORD): -replayed, str(Outcome.REPLAYED): replayed})
+            if (replayed := replays[step.position.file_id])
+            else step
+            for step in plan.steps
+        )
 
     def _write_positions(self, plan: Plan, steps: Sequence[FileStep], pipeline: psycopg.Pipeline) -> None:
         """The compare-and-set of every file, its batch row and its dead letters, in one round trip; then the look
@@ -380,6 +422,44 @@ class Ledger:
         for name, cursor, count in expected:
             if cursor.rowcount != count:
                 raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
+
+    # --- settlement
+
+    def due_calls(self, limit: int, deadline_seconds: int) -> list[str]:
+        """Calls that settlement should look at."""
+        return settlement.due(self._session, limit, deadline_seconds)
+
+    def with_records(self, call_ids: Collection[str]) -> list[str]:
+        """Those of the calls about which there is a spend record."""
+        with wrapped():
+            rows = self._session.execute(query("with_records"), {"call_ids": list(call_ids)}).fetchall()
+        return [row[0] for row in rows]
+
+    def load_calls(
+        self,
+        call_ids: Collection[str],
+        *,
+        deadline_seconds: int,
+        quiet_seconds: int,
+        is_over: Callable[[settlement.Waiting], bool],
+    ) -> list[CallState]:
+        """Everything that is committed about these calls."""
+        return settlement.load(
+            self._session, call_ids, deadline_seconds=deadline_seconds, quiet_seconds=quiet_seconds, is_over=is_over
+        )
+
+    def write_decisions(self, decisions: Mapping[str, Decision], looked_at: Collection[str]) -> None:
+        """Commit what was decided, and take what was looked at off the work lists."""
+        settlement.write(self._session, decisions, looked_at)
+        self._last_proof = time.monotonic()
+
+    def poll_window(self, started_after: datetime | None, straggler_limit: int) -> settlement.Window | None:
+        """What to ask LiteLLM's spend logs for next."""
+        return settlement.window(self._session, started_after=started_after, straggler_limit=straggler_limit)
+
+    def settle_counts(self) -> dict[str, Any]:
+        """Pending calls, the oldest of them, open exceptions by kind."""
+        return settlement.counts(self._session)
 
     def find_refused(self, plan: Plan) -> dict[int, str]:
         """Which facts Postgres refuses, by index, with its words; nothing is written. Slow: one savepoint per fact."""
@@ -406,7 +486,13 @@ def _row(placed: PlacedFact) -> tuple[Any, ...]:
     return (*placed.fact, placed.file_id, placed.start_offset, placed.end_offset)
 
 
-def _sort_out(plan: Plan, others: Sequence[tuple[int, int, bool]]) -> tuple[tuple[FileStep, ...], list[int]]:
+def _unsettled(fact: UsageFact) -> tuple[str, datetime]:
+    return (fact.call_id, fact.occurred_at - timedelta(seconds=float(fact.request_seconds or 0)))
+
+
+def _sort_out(
+    plan: Plan, before: Sequence[FileStep], others: Sequence[tuple[int, int, bool]]
+) -> tuple[tuple[FileStep, ...], list[int]]:
     """Lines that made no fact -> steps with the counts put right, and the numbers of the conflicting lines."""
     change: dict[int, dict[str, int]] = {}
     conflicts: list[int] = []
@@ -423,7 +509,7 @@ def _sort_out(plan: Plan, others: Sequence[tuple[int, int, bool]]) -> tuple[tupl
         counts[outcome] += 1
     steps = tuple(
         moved_counts(step, change[step.position.file_id]) if step.position.file_id in change else step
-        for step in plan.steps
+        for step in before
     )
     return steps, conflicts
 

@@ -2,12 +2,13 @@
 
 import socket
 import threading
+from collections.abc import Sequence
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from billing_tailer import __version__
 from billing_tailer.errors import ConfigError
@@ -21,8 +22,9 @@ LISTEN_BACKLOG = 128
 class HttpServer:
     """Serves `/livez`, `/readyz` and `/metrics` from the moment `start` returns."""
 
-    def __init__(self, host: str, port: int, events: Events, health: Health) -> None:
-        """port 0: chosen by the system, found in `port` after `start`."""
+    def __init__(self, host: str, port: int, events: Events, health: Health, routes: Sequence[BaseRoute] = ()) -> None:
+        """port 0: chosen by the system, found in `port` after `start`. routes: beside health and metrics."""
+        self._routes = routes
         self._host = host
         self.port = port
         self._events = events
@@ -46,7 +48,7 @@ class HttpServer:
             ) from None
         self.port = int(listener.getsockname()[1])
         config = uvicorn.Config(
-            application(self._events, self._health),
+            application(self._events, self._health, self._routes),
             log_config=None,
             log_level="error",  # not a line of text between the JSON for every port scan
             access_log=False,
@@ -74,7 +76,7 @@ class HttpServer:
             self._thread.join(STOP_SECONDS_MAX)
 
 
-def application(events: Events, health: Health) -> Starlette:
+def application(events: Events, health: Health, routes: Sequence[BaseRoute] = ()) -> Starlette:
     """The ASGI application."""
 
     async def livez(_: Request) -> Response:
@@ -89,4 +91,5 @@ def application(events: Events, health: Health) -> Starlette:
     async def metrics(_: Request) -> Response:
         return Response(events.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    return Starlette(routes=[Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)])
+    own = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
+    return Starlette(routes=[*own, *routes])

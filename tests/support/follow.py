@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from billing_tailer.files import LogFiles
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger
+from billing_tailer.plan import Parse
 from billing_tailer.reader import Limits, Reader
 from billing_tailer.resets import OrderedReset
 from billing_tailer.settings import LLM_ROUTES
+from billing_tailer.settle import Rules
+from billing_tailer.settler import Settler, Timing
+from billing_tailer.spend import parse_spool_line
 from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 
@@ -53,20 +58,35 @@ def following(
     limits = replace(limits, **{key: value for key, value in changes.items() if key in _LIMITS})
     stop = threading.Event()
     events, health, wake = Events(), Health(), Wake()
-    files = LogFiles(globs or (f"{directory}/audit*.jsonl*",), changes.get("open_files_max", 256))
+    globs = globs or (f"{directory}/audit*.jsonl*", f"{directory}/callbacks-*.jsonl")
+    files = LogFiles(globs, changes.get("open_files_max", 256))
     ledger = Ledger(dsn, schema="billing", source_id=changes.get("source_id", "default"), stop=stop)
-    follower = Follower(files, ledger, events, health, start_at_end=start_at_end)
+
+    def is_spool(path: str) -> bool:
+        return "/callbacks-" in path
+
+    follower = Follower(files, ledger, events, health, start_at_end=start_at_end, is_spool=is_spool)
+    audit_line = partial(audit.parse, llm_path=audit.routes(LLM_ROUTES))
+    spool_line = partial(parse_spool_line, cost_max=Decimal(1000))
+
+    def parser_of(path: str) -> Parse:
+        return spool_line if is_spool(path) else audit_line
+
+    rules = changes.get("rules", Rules())
+    timing = Timing(changes.get("deadline_seconds", 900), changes.get("quiet_seconds", 10))
+    settler = Settler(ledger, rules, timing, events, health, poller=None, spool_is_behind=follower.spool_is_behind)
     tailer = Tailer(
         files=files,
         ledger=ledger,
         follower=follower,
-        reader=Reader(files, partial(audit.parse, llm_path=audit.routes(LLM_ROUTES)), limits),
+        reader=Reader(files, parser_of, limits),
         wake=wake,
         events=events,
         health=health,
         stop=stop,
         poll_interval_seconds=0.05,
         reset=OrderedReset(None, None, ledger, files, events, health),
+        settler=settler,
     )
     assert tailer._become_owner()
     rig = Rig(tailer, files, ledger, follower, health, events)
@@ -76,6 +96,7 @@ def following(
     finally:
         ledger.close()
         files.close()
+        wake.stop()
 
 
 _LIMITS = ("batch_lines_max", "batch_bytes_max", "line_bytes_max")

@@ -64,7 +64,8 @@ def _assert_bytes(content: bytes, tiles: list[dict[str, Any]], file: dict[str, A
 
 def _assert_counts(dsn: str) -> None:
     found = outcomes(dsn)
-    assert found.get("fact", 0) + found.get("replayed", 0) >= count(dsn, "usage_facts")
+    if not rows(dsn, "select 1 from log_gaps where reason = 'skipped'"):  # an operator may skip what was read before
+        assert found.get("fact", 0) + found.get("replayed", 0) >= count(dsn, "usage_facts")
     assert found.get("fact", 0) <= count(dsn, "usage_facts")
     letters = rows(dsn, "select count(*) as n from dead_letters where resolved_at is null")[0]["n"]
     assert found.get("dead_letter", 0) == letters

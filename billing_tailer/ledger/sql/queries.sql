@@ -53,6 +53,27 @@ copy usage_facts ({columns}) from stdin
 -- name: copy_staged
 copy staged_facts ({columns}, line_number) from stdin
 
+-- name: insert_unsettled
+insert into unsettled_facts (call_id, started_at) values (%s, %s)
+
+-- name: copy_unsettled
+copy unsettled_facts (call_id, started_at) from stdin
+
+-- name: unsettle_staged
+insert into unsettled_facts (call_id, started_at)
+select call_id, occurred_at - make_interval(secs => coalesce(request_seconds, 0)::float8)
+from staged_facts where line_number = any(%(inserted)s)
+
+-- name: insert_records
+-- Both sources send a record again and again; the first one stands.
+insert into spend_records ({columns})
+select {columns} from unnest({arrays}) as r ({columns})
+on conflict do nothing
+returning call_id, source, record_id
+
+-- name: touch_calls
+insert into touched_calls (call_id) select unnest(%(call_ids)s::text[]) on conflict do nothing
+
 -- name: create_staging
 create temporary table staged_facts (like usage_facts including defaults, line_number integer not null) on commit drop
 
@@ -138,17 +159,23 @@ select count(*) from dead_letters d join tail_files f using (file_id)
 where f.source_id = %(source_id)s and d.resolved_at is null
 
 -- name: totals
--- Lines as they stand in the ranges, which are few; counting the facts themselves would read all of them.
-with source as (select file_id from tail_files where source_id = %(source_id)s),
-     lines as (select key, sum(value::bigint)::bigint as n from source join tail_batches using (file_id),
-                      jsonb_each_text(counts) group by key)
-select coalesce((select n from lines where key = 'fact'), 0) as facts,
-       coalesce((select n from lines where key = 'replayed'), 0) as replayed,
-       coalesce((select n from lines where key = 'conflict'), 0) as conflicts,
+with source as (select file_id from tail_files where source_id = %(source_id)s)
+select (select count(*) from source join usage_facts using (file_id)) as facts,
+       (select count(*) from source join call_conflicts using (file_id)) as conflicts,
        (select count(*) from source join dead_letters using (file_id) where resolved_at is null) as dead_letters_open,
        (select count(*) from source join log_gaps using (file_id)) as gaps,
        (select coalesce(sum(end_offset - start_offset), 0)::bigint
         from source join log_gaps using (file_id)) as gap_bytes
+
+-- name: end_frozen_owner
+-- The owner pings its session. Where that has been silent for longer than Postgres' own time-outs allow (none of them
+-- runs while a COPY waits for its client), its process is frozen or gone: take the lock away from it.
+select pg_terminate_backend(a.pid, 2000) from pg_stat_activity a join pg_locks l using (pid)
+where l.locktype = 'advisory' and l.granted and l.objsubid = 1
+  and l.database = (select oid from pg_database where datname = current_database())
+  and l.classid::bigint = %(high)s and l.objid::bigint = %(low)s
+  and a.state_change < now() - make_interval(secs => %(seconds)s)
+  and (a.state <> 'active' or a.wait_event = 'ClientRead')
 
 -- name: owner
 select a.application_name from pg_stat_activity a join pg_locks l on l.pid = a.pid
@@ -171,3 +198,105 @@ select current_setting('server_version') as server_version, current_user::text a
                               else array['SELECT', 'INSERT'] end) privilege
         where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
           and not has_table_privilege(t.oid, privilege)) as missing_grants
+
+-- name: due_calls
+-- Records have come, or waiting may be over: a sweep also finds what a crash between two transactions left behind.
+(select call_id from touched_calls order by call_id limit %(limit)s)
+union
+(select u.call_id from unsettled_facts u
+ where not exists (select from call_exceptions e
+                   where e.call_id = u.call_id and e.closed_at is null
+                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
+   and (u.committed_at < now() - make_interval(secs => %(deadline)s)
+        or exists (select from spend_records s where s.call_id = u.call_id))
+ order by u.committed_at limit %(limit)s)
+
+-- name: with_records
+select distinct call_id from spend_records where call_id = any(%(call_ids)s)
+
+-- name: settle_facts
+select f.*, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8) as started_at,
+       f.committed_at < now() - make_interval(secs => %(deadline)s) as deadline_passed,
+       greatest(f.committed_at, (select max(s.received_at) from spend_records s where s.call_id = f.call_id))
+           < now() - make_interval(secs => %(quiet)s) as quiet_over
+from usage_facts f where f.call_id = any(%(call_ids)s)
+
+-- name: settle_records
+select call_id as key, * from spend_records where call_id = any(%(call_ids)s) order by call_id, source, record_id
+
+-- name: settle_receipts
+select source_reference as key, * from charge_receipts
+where source_system = 'litellm' and source_reference = any(%(call_ids)s)
+
+-- name: settle_adjustments
+select source_reference as key, * from charge_adjustments
+where source_reference = any(%(call_ids)s) order by source_reference, created_at, evidence_hash
+
+-- name: settle_exceptions
+select call_id as key, * from call_exceptions where call_id = any(%(call_ids)s) order by call_id, kind, seq
+
+-- name: settle_conflicts
+select call_id as key, billing_account_id from call_conflicts
+where call_id = any(%(call_ids)s) order by call_id, file_id, start_offset
+
+-- name: insert_receipt
+insert into charge_receipts (source_system, source_reference, billing_account_id, run_id, attempt, litellm_call_id,
+                             charged_credits, provider_cost_usd, user_cost_usd, markup_factor, provenance, spend_source,
+                             record_ids, charge_reason, receipt_kind, occurred_at)
+values (%(source_system)s, %(source_reference)s, %(billing_account_id)s, %(run_id)s, %(attempt)s, %(litellm_call_id)s,
+        %(charged_credits)s, %(provider_cost_usd)s, %(user_cost_usd)s, %(markup_factor)s, %(provenance)s,
+        %(spend_source)s, %(record_ids)s, %(charge_reason)s, %(receipt_kind)s, %(occurred_at)s)
+
+-- name: insert_details
+insert into llm_charge_details (source_system, source_reference, provider_call_id, model, provider_model, provider,
+                                tokens_in, tokens_out, cached_tokens, reasoning_tokens, response_cost_usd, cache_hit,
+                                latency_ms, graph_id)
+values (%(source_system)s, %(source_reference)s, %(provider_call_id)s, %(model)s, %(provider_model)s, %(provider)s,
+        %(tokens_in)s, %(tokens_out)s, %(cached_tokens)s, %(reasoning_tokens)s, %(response_cost_usd)s, %(cache_hit)s,
+        %(latency_ms)s, %(graph_id)s)
+
+-- name: insert_adjustment
+insert into charge_adjustments (source_reference, evidence_hash, delta_credits, delta_cost_usd, reason, evidence,
+                                created_by)
+values (%(source_reference)s, %(evidence_hash)s, %(delta_credits)s, %(delta_cost_usd)s, %(reason)s, %(evidence)s,
+        %(created_by)s)
+on conflict do nothing
+
+-- name: open_exception
+insert into call_exceptions (call_id, kind, seq, detail) values (%(call_id)s, %(kind)s, %(seq)s, %(detail)s)
+
+-- name: close_exception
+update call_exceptions set closed_at = now(), closed_by = %(closed_by)s, reason = %(reason)s, detail = %(detail)s
+where call_id = %(call_id)s and kind = %(kind)s and seq = %(seq)s and closed_at is null
+
+-- name: forget_unsettled
+delete from unsettled_facts where call_id = any(%(call_ids)s)
+
+-- name: forget_touched
+delete from touched_calls where call_id = any(%(call_ids)s)
+
+-- name: poll_window
+with waiting as (
+    select u.call_id, u.started_at from unsettled_facts u
+    where (%(started_after)s::timestamptz is null or u.started_at > %(started_after)s)
+      and not exists (select from call_exceptions e where e.call_id = u.call_id and e.closed_at is null
+                        and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
+), first as (select min(started_at) as at from waiting)
+select now() as asked_at, min(w.started_at) as started_from, max(w.started_at) as started_to,
+       max(f.occurred_at) as ended_to
+from waiting w join usage_facts f using (call_id), first
+where w.started_at <= first.at + interval '1 hour'
+
+-- name: stragglers
+-- Waiting for long, or given up: asked for by name, a few at a time, in turn.
+select u.call_id from unsettled_facts u
+where u.committed_at < now() - interval '30 seconds'
+  and not exists (select from spend_records s where s.call_id = u.call_id)
+order by random() limit %(limit)s
+
+-- name: settle_counts
+select (select count(*) from unsettled_facts) as pending,
+       (select extract(epoch from min(committed_at))::float8 from unsettled_facts) as oldest_pending
+
+-- name: open_exceptions
+select kind, count(*) as n from call_exceptions where closed_at is null group by kind

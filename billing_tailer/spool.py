@@ -1,0 +1,392 @@
+"""Where callbacks wait for Postgres: append-only files that are tailed like any other log.
+
+- A record is acknowledged only once it is on disk, and one fsync serves everyone who waits at that moment: the answer
+  takes milliseconds whatever Postgres is doing (tests/test_spool.py::test_one_fsync_serves_all_who_wait).
+- Every process writes files of its own, and holds the lock (flock) of each for as long as it may still write to it. A
+  file whose lock is free is finished: its writer went on to the next one, or is dead. A torn end, which nobody was told
+  was safe, is marked by whoever adopts the file (test_a_dead_writers_torn_end_is_marked_once).
+- After a failure the file goes on behind a marked end; a full disk costs no record that was acknowledged, and no new
+  file per attempt (test_a_full_disk_refuses_everyone_and_recovers).
+- What is written here was stripped before (PROMPTS_ARE_NEVER_STORED: tests/test_callbacks.py).
+
+A record that was refused may still be in a file, whole: whoever reads the spool must know a record when it comes twice.
+"""
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from billing_tailer.errors import ConfigError, TailerError
+
+FILE_BYTES_MAX = 64 << 20
+"""A spool file is followed by the next one at this size."""
+GROUP_BYTES_MAX = 4 << 20
+"""No further request joins a group that is written at once when it has this size."""
+USED_SECONDS_MAX = 1.0
+"""How long the size of everybody's files may be remembered; our own growth is added to it."""
+UNBORN_SECONDS = 60.0
+"""What was left between a file's creation and its lock, by a process that died there, is kept for so long."""
+TORN = b"\x18"
+"""Ends a line that was torn; never part of JSON."""
+
+_NAME = re.compile(r"callbacks-(?P<instance>[0-9a-f]{32})-[0-9]{6}\.jsonl")
+_UNBORN = re.compile(rf"\.{_NAME.pattern}")
+"""A file between its creation and its lock: not to be seen under its name before the lock is held."""
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""Failures that end by themselves or by what an operator does: no reason not to start."""
+
+
+class SpoolError(TailerError):
+    """The spool is full or cannot be written: the records are not safe, and whoever sent them must be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    data: bytes
+    done: "Future[None]"
+
+
+@dataclass(slots=True)
+class _File:
+    """The file that is written. size: its bytes. safe: those of them that are on disk. torn: a write failed, so that
+    the end is not what it should be."""
+
+    path: Path
+    fd: int
+    size: int = 0
+    safe: int = 0
+    torn: bool = False
+
+
+@dataclass(slots=True)
+class _Used:
+    """The size of all spool files together, as of a moment (monotonic seconds)."""
+
+    bytes: int = 0
+    at: float = field(default=-USED_SECONDS_MAX)
+
+
+class Spool:
+    """The spool files of one process, written by a thread of its own."""
+
+    def __init__(
+        self,
+        directory: Path,
+        bytes_max: int,
+        report: Callable[[str | None], None],
+        *,
+        file_bytes_max: int = FILE_BYTES_MAX,
+    ) -> None:
+        """bytes_max: of all spool files together. report: told when it changes what is wrong with the spool, None when
+        it is well again; called from several threads, one at a time."""
+        self.directory = directory
+        self._bytes_max = bytes_max
+        self._file_bytes_max = file_bytes_max
+        self._report = report
+        self._instance = uuid.uuid4().hex
+        self._number = 0
+        self._file: _File | None = None
+        self._used = _Used()
+        self._adopted: set[str] = set()
+        self._troubles: dict[str, str] = {}
+        self._troubles_lock = threading.Lock()
+        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._queue_lock = threading.Lock()
+        self._open = False
+        self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
+
+    @property
+    def glob(self) -> str:
+        """Matches the spool files of every process."""
+        return f"{glob.escape(str(self.directory))}/callbacks-*.jsonl"
+
+    def start(self) -> None:
+        """Open the first file and begin to write. Raises ConfigError where the directory cannot be used; a disk that is
+        full at this moment is reported, and refused to those who come."""
+        try:
+            self._make_directory()
+            self._open_next()
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise ConfigError(
+                    f"BILLING_TAILER_SPOOL_DIR={self.directory}: {error.strerror}",
+                    "name a directory on a disk that outlives the container, writable for this user",
+                ) from None
+            self._tell("writing", f"{self.directory}: {error.strerror}")
+        self._open = True
+        self._thread.start()
+
+    def alive(self) -> bool:
+        """Whether the writing thread runs."""
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """Write what waits, and let go of the file; an empty one is removed."""
+        with self._queue_lock:
+            self._open = False
+            self._queue.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._file is not None:
+            if self._file.size == 0:
+                self._file.path.unlink(missing_ok=True)
+            os.close(self._file.fd)
+            self._file = None
+
+    def append(self, data: bytes) -> "Future[None]":
+        """Whole lines -> a future that is done once they are on disk. It raises SpoolError where they are not."""
+        request = _Request(data, Future())
+        request.done.set_running_or_notify_cancel()  # whoever stops waiting does not stop the writing
+        with self._queue_lock:
+            if self._open:
+                self._queue.put(request)
+                return request.done
+        request.done.set_exception(SpoolError("the spool is closed"))
+        return request.done
+
+    # --- the writing thread
+
+    def _work(self) -> None:
+        try:
+            while self._next_group():
+                pass
+        finally:
+            self._refuse_the_rest()
+
+    def _next_group(self) -> bool:
+        """Write everything that waits; False when that was the last."""
+        request = self._queue.get()
+        group: list[_Request] = []
+        group_bytes = 0
+        try:
+            while request is not None:
+                group.append(request)
+                group_bytes += len(request.data)
+                if group_bytes >= GROUP_BYTES_MAX:
+                    break
+                request = self._queue.get_nowait()
+        except queue.Empty:
+            pass
+        if group:
+            self._write(group, group_bytes)
+        return request is not None
+
+    def _write(self, group: Sequence[_Request], group_bytes: int) -> None:
+        trouble: str | None = "the spool's thread has failed"
+        try:
+            self._make_room(group_bytes)
+            self._store(b"".join(request.data for request in group))
+            trouble = None
+        except SpoolError as error:
+            trouble = error.message
+        except OSError as error:
+            trouble = f"{self.directory}: {error.strerror}"
+        finally:
+            for request in group:
+                if trouble is None:
+                    request.done.set_result(None)
+                else:
+                    request.done.set_exception(SpoolError(trouble))  # one each: it will be raised in many places
+            self._tell("writing", trouble)
+
+    def _refuse_the_rest(self) -> None:
+        with self._queue_lock:
+            self._open = False
+        with contextlib.suppress(queue.Empty):
+            while True:
+                request = self._queue.get_nowait()
+                if request is not None:
+                    request.done.set_exception(SpoolError("the spool is closed"))
+
+    def _make_room(self, more: int) -> None:
+        """Raises SpoolError where the spool has no room for so many bytes more."""
+        for age_max in (USED_SECONDS_MAX, 0.0):  # someone may have cleaned up since we last looked
+            now = time.monotonic()
+            if now - self._used.at >= age_max:
+                self._used = _Used(sum(map(_size, self._entries(_NAME))), now)
+            if self._used.bytes + more <= self._bytes_max:
+                return
+        raise SpoolError(f"{self.directory}: the spool is full ({self._bytes_max} bytes)")
+
+    def _store(self, data: bytes) -> None:
+        """Raises OSError; whatever part of the data is in the file then was not acknowledged."""
+        file = self._writable()
+        self._used.bytes += len(data)
+        try:
+            _write_all(file, data)
+            os.fsync(file.fd)
+        except OSError:
+            file.torn = True
+            raise
+        file.safe = file.size
+
+    def _writable(self) -> _File:
+        """The file to write to: the same as before, or the next one."""
+        file = self._file
+        if file is None or not _stands(file):
+            return self._open_next()
+        if file.torn:
+            _end_torn_line(file.fd)
+            file.size = os.fstat(file.fd).st_size
+            if file.safe and file.size != file.safe:
+                # after an fsync that failed, nothing more is put where safe records are; a file without any can as
+                # well go on, so that a sick disk does not get a file per attempt
+                return self._open_next()
+            file.torn = False
+        return self._open_next() if file.size >= self._file_bytes_max else file
+
+    def _open_next(self) -> _File:
+        """Only when it is locked does a file get its name: what is seen without a lock is finished."""
+        path = self.directory / f"callbacks-{self._instance}-{self._number:06d}.jsonl"
+        unborn = path.with_name(f".{path.name}")
+        fd = os.open(unborn, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unborn.rename(path)
+            _sync_directory(self.directory)
+        except OSError:
+            os.close(fd)
+            raise
+        if self._file is not None:
+            os.close(self._file.fd)
+        self._file = _File(path, fd)
+        self._number += 1
+        return self._file
+
+    # --- the reading side: other threads
+
+    def may_read(self, path: bytes) -> bool:
+        """Whether a spool file is ours to tail: our own, or one that is finished."""
+        name = Path(os.fsdecode(path)).name
+        match = _NAME.fullmatch(name)
+        if match is None:
+            return False
+        if match["instance"] == self._instance or name in self._adopted:
+            return True
+        with self._finished(self.directory / name) as fd:
+            if fd is not None:
+                self._adopted.add(name)  # a finished file is never written again: no name is used twice
+        return fd is not None
+
+    def janitor(
+        self, may_delete: Callable[[bytes, int], bool], older_than_seconds: float, now: float
+    ) -> tuple[bytes, ...]:
+        """Remove the finished files, of any writer, that nobody has touched for a while and that are committed.
+
+        may_delete: path, size in bytes -> whether every byte of it is committed; only asked for files that are old
+        enough. now: seconds of the epoch. Returns the paths that were removed.
+        """
+        removed: list[bytes] = []
+        for entry in self._entries(_NAME, _UNBORN):
+            with contextlib.suppress(FileNotFoundError):
+                unborn = entry.name.startswith(".")
+                if now - entry.stat().st_mtime < max(older_than_seconds, UNBORN_SECONDS if unborn else 0.0):
+                    continue
+                with self._finished(Path(entry)) as fd:
+                    path = os.fsencode(entry)
+                    if fd is None or not (unborn or may_delete(path, os.fstat(fd).st_size)):
+                        continue
+                    Path(entry).unlink()
+                removed.append(path)
+                self._adopted.discard(entry.name)
+        if removed:
+            _sync_directory(self.directory)
+        return tuple(removed)
+
+    @contextlib.contextmanager
+    def _finished(self, path: Path) -> Iterator[int | None]:
+        """A descriptor of a finished file, locked, with its torn end marked; None where its writer lives, and where the
+        file cannot be opened or marked, which is reported."""
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _end_torn_line(fd):
+                os.fsync(fd)
+        except (BlockingIOError, FileNotFoundError):
+            yield None
+        except OSError as error:
+            self._tell(path.name, f"{path}: {error.strerror}")
+            yield None
+        else:
+            self._tell(path.name, None)
+            yield fd
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    # --- what both use
+
+    def _entries(self, *names: re.Pattern[str]) -> list[os.DirEntry[str]]:
+        with os.scandir(self.directory) as entries:
+            return [entry for entry in entries if any(name.fullmatch(entry.name) for name in names)]
+
+    def _tell(self, what: str, trouble: str | None) -> None:
+        with self._troubles_lock:
+            before = dict(self._troubles)
+            if trouble is None:
+                self._troubles.pop(what, None)
+            else:
+                self._troubles[what] = trouble
+            if self._troubles != before:
+                self._report("; ".join(self._troubles.values()) or None)
+
+    def _make_directory(self) -> None:
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for path in missing:
+            _sync_directory(path.parent)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:
+        return 0  # removed since it was listed
+
+
+def _stands(file: _File) -> bool:
+    """Whether the file can still be found under its name. What goes into one that was removed is lost."""
+    try:
+        status = file.path.stat()
+    except FileNotFoundError:
+        return False
+    held = os.fstat(file.fd)
+    return (status.st_dev, status.st_ino) == (held.st_dev, held.st_ino)
+
+
+def _write_all(file: _File, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        written = os.write(file.fd, rest)
+        file.size += written
+        rest = rest[written:]
+
+
+def _end_torn_line(fd: int) -> bool:
+    """Mark and end a last line that has no end; True if there was one. Raises OSError."""
+    size = os.fstat(fd).st_size
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return False
+    if os.write(fd, TORN + b"\n") != 2:  # the next attempt marks it again, which ends the line as well
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

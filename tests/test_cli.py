@@ -1,0 +1,451 @@
+"""Every verb: what people read, the JSON that programs read, exit codes; with a given Postgres and the embedded one."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from billing_tailer import __version__, cli
+from billing_tailer.ledger import migrations
+from tests.support.daemon import Daemon, clean_environment
+from tests.support.follow import following
+from tests.support.loglines import RECORDED, line, lines
+from tests.support.proof import count, outcomes, rows
+from tests.support.verbs import answer_of, run_verb
+
+FILE_KEYS = {
+    "file_id",
+    "path",
+    "generation",
+    "state",
+    "blocked_reason",
+    "committed_offset",
+    "size",
+    "lag_bytes",
+    "last_commit_at",
+    "first_seen_at",
+    "previous_file_id",
+}
+POISON = b"\x1b[31mnot json\xff\n"
+
+
+class Verb:
+    """Runs verbs in this process: `main()` with an environment and arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        self.stderr = ""
+        for name in {*os.environ} - {*clean_environment({})}:
+            monkeypatch.delenv(name)
+
+    def environment(self, **variables: str) -> None:
+        for name, value in variables.items():
+            self._monkeypatch.setenv(f"BILLING_TAILER_{name}", value)
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it printed; with code 0 or 1 it must not complain, with another it must."""
+        self._monkeypatch.setattr(sys, "argv", ["billing-tailer", *arguments])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = self._capsys.readouterr()
+        self.stderr = printed.err
+        assert ended.value.code == code, f"{printed.out}\n{printed.err}"
+        assert bool(printed.err) == (code >= 2), printed.err
+        return printed.out
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        return json.loads(self(*arguments, "--json", code=code))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """The log file of a volume of its own, not written yet."""
+    volume = tmp_path / "billing"
+    volume.mkdir()
+    return volume / "audit.jsonl"
+
+
+@pytest.fixture
+def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Verbs on the test's database and volume."""
+    verb = Verb(monkeypatch, capsys)
+    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn)
+    return verb
+
+
+def follow(dsn: str, log: Path, content: bytes, **changes: Any) -> None:
+    with log.open("ab") as out:
+        out.write(content)
+    with following(dsn, log.parent, **changes):
+        pass
+
+
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+def test_version(verb: Verb) -> None:
+    assert verb("version") == f"{__version__}\n"
+    assert verb.json("version") == {"version": __version__}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["no-such-verb"],
+        ["status", "--no-such-option"],
+        ["offsets", "reset", "/a=0"],
+        ["dead-letters", "show", "x"],
+        ["dead-letters", "list", "--limit", "0"],
+    ],
+)
+def test_wrong_usage(verb: Verb, arguments: list[str]) -> None:
+    verb(*arguments, code=2)
+
+
+def test_wrong_configuration(verb: Verb) -> None:
+    verb.environment(HTTP_PORT="x", LOG_LEVELS="info")
+    for arguments in (["status"], ["files"], ["check"], ["migrate"], ["offsets", "list"], ["dead-letters", "list"]):
+        verb(*arguments, code=2)
+        assert "BILLING_TAILER_HTTP_PORT" in verb.stderr
+        assert "did you mean BILLING_TAILER_LOG_LEVEL" in verb.stderr
+
+
+def test_postgres_is_away(verb: Verb, log: Path) -> None:
+    """A failure, not a misconfiguration; and no traceback."""
+    environment = {
+        "BILLING_TAILER_DATABASE_URL": "host=127.0.0.1 port=1",
+        "BILLING_TAILER_AUDIT_GLOBS": f"{log.parent}/audit*",
+    }
+    for arguments in (["status"], ["migrate"], ["offsets", "reset", f"{log}=0", "--reason", "r"]):
+        found = run_verb(environment, *arguments)
+        assert (found.returncode, found.stdout) == (1, "")
+        assert found.stderr.startswith("billing-tailer: ")
+        assert "refused" in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+# --- migrate ---------------------------------------------------------------------------------------------------------
+
+
+def test_migrate(verb: Verb, empty_dsn: str) -> None:
+    verb.environment(DATABASE_URL=empty_dsn)
+    verb("status", code=2)
+    assert "billing-tailer migrate" in verb.stderr
+    applied = [migration.name for migration in migrations()]
+    assert verb.json("migrate") == {"schema": "billing", "applied": applied}
+    assert verb.json("migrate") == {"schema": "billing", "applied": []}
+    assert verb("migrate") == "schema billing: nothing to do\n"
+
+
+def test_migrate_as_the_owner(verb: Verb, dsn: str, empty_dsn: str) -> None:
+    verb.environment(MIGRATE_DATABASE_URL=empty_dsn, DB_SCHEMA="other")
+    assert verb("migrate").startswith("schema other: 0001_positions_and_facts")
+    assert count(empty_dsn, "other.tail_files") == 0
+    assert rows(dsn, "select to_regnamespace('other') as schema") == [{"schema": None}]
+
+
+def test_migrate_without_a_dsn(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BILLING_TAILER_DATABASE_URL")
+    verb("migrate", code=2)
+    assert "BILLING_TAILER_MIGRATE_DATABASE_URL is not set" in verb.stderr
+
+
+# --- status, files, offsets ------------------------------------------------------------------------------------------
+
+STATUS_OF_NOTHING = {
+    "source_id": "default",
+    "active": False,
+    "lag_bytes": 0,
+    "last_commit_at": None,
+    "files": 0,
+    "blocked": [],
+    "facts": 0,
+    "conflicts": 0,
+    "dead_letters_open": 0,
+    "gaps": 0,
+    "gap_bytes": 0,
+}
+
+
+def test_status_of_nothing(verb: Verb) -> None:
+    assert verb.json("status") == STATUS_OF_NOTHING
+    printed = verb("status")
+    assert [text.split()[0] for text in printed.splitlines()] == list(STATUS_OF_NOTHING)
+
+
+def test_status(verb: Verb, dsn: str, log: Path) -> None:
+    log.write_bytes(lines(0, 10))
+    with following(dsn, log.parent):
+        with log.open("ab") as out:
+            out.write(line(10))
+        status = verb.json("status")
+        assert datetime.fromisoformat(status.pop("last_commit_at")).tzinfo is not None
+        assert status == {
+            **{key: value for key, value in STATUS_OF_NOTHING.items() if key != "last_commit_at"},
+            "active": True,
+            "lag_bytes": len(line(10)),
+            "files": 1,
+            "facts": 10,
+        }
+    assert verb.json("status")["active"] is False
+    log.parent.rename(log.parent.parent / "unmounted")
+    assert verb.json("status")["facts"] == 10
+
+
+def test_status_is_unhealthy_with_an_open_dead_letter(verb: Verb, dsn: str, log: Path) -> None:
+    follow(dsn, log, lines(0, 10) + POISON)
+    assert verb.json("status", code=1)["dead_letters_open"] == 1
+    verb("status", code=1)
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("update billing.dead_letters set resolved_at = now(), resolution = 'seen'")
+    assert verb.json("status")["dead_letters_open"] == 0
+
+
+def test_status_is_unhealthy_with_a_blocked_file(verb: Verb, dsn: str, log: Path) -> None:
+    log.write_bytes(lines(0, 10))
+    with following(dsn, log.parent) as rig:
+        log.write_bytes(lines(0, 5)[:-1])
+        rig.turn()
+    assert verb.json("status", code=1)["blocked"] == [str(log)]
+    (file,) = verb.json("files")
+    assert (file["state"], file["blocked_reason"]) == ("blocked", "offset_past_end")
+
+
+def test_status_is_about_one_source(verb: Verb, dsn: str, log: Path) -> None:
+    follow(dsn, log, lines(0, 10) + POISON, source_id="other")
+    assert verb.json("dead-letters", "list") == []
+    assert verb.json("status") == STATUS_OF_NOTHING
+
+
+@pytest.mark.parametrize("arguments", [["files"], ["offsets", "list"]])
+def test_files(verb: Verb, dsn: str, log: Path, arguments: list[str]) -> None:
+    assert verb.json(*arguments) == []
+    assert verb(*arguments) == "none\n"
+    follow(dsn, log, lines(0, 10))
+    log.rename(log.with_name("audit.jsonl." + "x" * 100))
+    follow(dsn, log, lines(10, 10))
+    found = verb.json(*arguments)
+    assert [set(row) for row in found] == [FILE_KEYS, FILE_KEYS]
+    old, new = found
+    assert (old["path"], old["state"]) == (f"{log}.{'x' * 100}", "rotated")
+    assert (new["path"], new["state"], new["generation"], new["previous_file_id"]) == (str(log), "live", 2, 1)
+    assert new["committed_offset"] == new["size"] == log.stat().st_size
+    assert new["lag_bytes"] == 0
+    printed = verb(*arguments).splitlines()
+    assert printed[0].split()[:2] == ["file_id", "path"]
+    assert [text.split()[1] for text in printed[1:]] == [old["path"], new["path"]], "a path is never cut"
+
+
+def test_offsets_reset(verb: Verb, dsn: str, log: Path) -> None:
+    follow(dsn, log, lines(0, 10))
+    planned = verb.json("offsets", "reset", f"{log}=beginning", "--reason", "ticket 7", "--dry-run")
+    assert planned == {
+        "reset_id": None,
+        "applied": False,
+        "path": str(log),
+        "file_id": 1,
+        "old_offset": 7100,
+        "new_offset": 0,
+    }
+    assert count(dsn, "offset_resets") == 0
+    done = verb.json("offsets", "reset", f"{log}=beginning", "--reason", "ticket 7")
+    assert done == {**planned, "applied": True, "reset_id": done["reset_id"]}
+    (row,) = rows(dsn, "select reset_id, source, reason, requested, source_id from offset_resets")
+    assert row == {
+        "reset_id": done["reset_id"],
+        "source": "cli",
+        "reason": "ticket 7",
+        "requested": f"{log}=beginning",
+        "source_id": "default",
+    }
+    assert verb("offsets", "reset", f"{log}=end", "--reason", "no").splitlines()[-1] == "new_offset  7100"
+    follow(dsn, log, line(10))
+    assert outcomes(dsn) == {"fact": 1}
+
+
+@pytest.mark.parametrize(
+    ("request_text", "reason", "words"),
+    [
+        ("{log}=5", "r", "in the middle of a line"),
+        ("{log}=7101", "r", "the file has 7100 bytes"),
+        ("{log}=-1", "r", "byte offset"),
+        ("{log}=middle", "r", "byte offset"),
+        ("audit.jsonl=0", "r", "absolute path"),
+        ("{log}.1=0", "r", "nothing is known of"),
+        ("{log}=0", " ", "--reason is empty"),
+    ],
+)
+def test_offsets_reset_refused(verb: Verb, dsn: str, log: Path, request_text: str, reason: str, words: str) -> None:
+    follow(dsn, log, lines(0, 10))
+    verb("offsets", "reset", request_text.format(log=log), "--reason", reason, code=2)
+    assert words in verb.stderr
+    assert "\n  -> " in verb.stderr
+    assert count(dsn, "offset_resets") == 0
+
+
+# --- dead letters ----------------------------------------------------------------------------------------------------
+
+
+def test_dead_letters(verb: Verb, dsn: str, log: Path) -> None:
+    assert verb("dead-letters", "list") == "none\n"
+    follow(dsn, log, POISON + line(0) + line(1, status="\x1b]0;owned\x07") + b"[]\n")
+    found = verb.json("dead-letters", "list")
+    assert [row["reason"] for row in found] == ["not_an_object", "bad_value", "invalid_json"], "the newest first"
+    assert set(found[0]) == {
+        "dead_letter_id",
+        "file_id",
+        "path",
+        "start_offset",
+        "end_offset",
+        "reason",
+        "detail",
+        "created_at",
+        "resolved_at",
+        "resolution",
+    }
+    assert [row["dead_letter_id"] for row in verb.json("dead-letters", "list", "--limit", "1")] == [3]
+    shown = verb.json("dead-letters", "show", "1")
+    assert set(shown) == {*found[0], "raw", "sha256"}
+    assert shown["raw"] == "\x1b[31mnot json\\xff\n"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(
+            "update billing.dead_letters set resolved_at = now(), resolution = 'x' where dead_letter_id = 1"
+        )
+    assert len(verb.json("dead-letters", "list")) == 2
+    assert len(verb.json("dead-letters", "list", "--all")) == 3
+
+
+def test_strangers_do_not_write_to_the_terminal(verb: Verb, dsn: str, log: Path) -> None:
+    """Escape sequences in a log line are shown, not obeyed."""
+    follow(dsn, log, POISON + line(1, status="\x1b]0;owned\x07"))
+    for arguments in (["list"], ["show", "1"], ["show", "2"]):
+        printed = verb("dead-letters", *arguments)
+        assert all(c.isprintable() for c in printed.replace("\n", ""))
+    assert r"raw             \x1b[31mnot json\xff\n" in verb("dead-letters", "show", "1").replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("number", ["9", "99999999999999999999999"])
+def test_no_such_dead_letter(verb: Verb, number: str) -> None:
+    verb("dead-letters", "show", number, code=2)
+    assert f"there is no dead letter {number}" in verb.stderr
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def failing(findings: list[dict[str, Any]]) -> dict[str, str]:
+    assert all(set(finding) == {"ok", "topic", "message", "hint"} for finding in findings)
+    assert all(finding["hint"] for finding in findings if not finding["ok"])
+    return {finding["topic"]: finding["message"] for finding in findings if not finding["ok"]}
+
+
+def test_check(verb: Verb, log: Path) -> None:
+    log.write_bytes(RECORDED.read_bytes() + b'{"half')
+    assert failing(verb.json("check")) == {}
+    printed = verb("check")
+    assert all(text.startswith("ok   ") for text in printed.splitlines())
+    assert "the last 122 lines are understood" in printed
+
+
+def test_check_says_everything_at_once(verb: Verb, log: Path, empty_dsn: str) -> None:
+    verb.environment(DATABASE_URL=empty_dsn)
+    assert failing(verb.json("check", code=1)) == {
+        "log files": f"no file matches {log.parent}/audit*.jsonl*",
+        "schema": f"billing is at version 0, this program needs {migrations()[-1].version}",
+    }
+    log.parent.rmdir()
+    assert set(failing(verb.json("check", code=1))) == {"log volume", "schema"}
+    printed = verb("check", code=1)
+    assert "FAIL log volume" in printed
+    assert "     -> " in printed
+
+
+def test_check_of_a_log_that_is_not_understood(verb: Verb, log: Path) -> None:
+    """A line in nginx's default format, one without what bills it, and a carriage return, which ends no line."""
+    fields = json.loads(line(1))
+    del fields["status"]
+    log.write_bytes(b"127.0.0.1 - - GET\n" + line(0)[:-2] + b',"x":"\r"}\n' + json.dumps(fields).encode() + b"\n")
+    (message,) = failing(verb.json("check", code=1)).values()
+    assert f"{log}: 3 of the last 3 lines are not understood" in message
+    assert "status" in message
+
+
+def test_check_when_postgres_is_away(verb: Verb, log: Path) -> None:
+    log.write_bytes(lines(0, 1))
+    verb.environment(DATABASE_URL="host=127.0.0.1 port=1")
+    assert "refused" in failing(verb.json("check", code=1))["database"]
+
+
+@pytest.fixture
+def poor_dsn(dsn: str) -> Iterator[Callable[[str], str]]:
+    """Makes a role with the given grants on all tables of the schema; returns its DSN."""
+    role = "billing_tailer_poor"
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute(f"create role {role} login password 'x'")
+
+        def make(grants: str) -> str:
+            connection.execute(f"grant usage on schema billing to {role}")
+            connection.execute(f"grant {grants} on all tables in schema billing to {role}")
+            return make_conninfo(dsn, user=role, password="x")
+
+        yield make
+        connection.execute(f"drop owned by {role}")
+        connection.execute(f"drop role {role}")
+
+
+def test_check_of_the_grants(verb: Verb, log: Path, poor_dsn: Callable[[str], str]) -> None:
+    log.write_bytes(lines(0, 1))
+    verb.environment(DATABASE_URL=poor_dsn("select"))
+    message = failing(verb.json("check", code=1))["grants"]
+    assert "INSERT on usage_facts" in message
+    assert "UPDATE on tail_files" in message
+    assert "SELECT" not in message
+
+
+def test_what_check_finds_sufficient_is(verb: Verb, log: Path, poor_dsn: Callable[[str], str]) -> None:
+    """The daemon's role needs no ownership; and a reset must not be the first to find out what is missing."""
+    log.write_bytes(lines(0, 10))
+    poor = poor_dsn("select, insert, update")
+    verb.environment(DATABASE_URL=poor)
+    follow(poor, log, lines(0, 5) + lines(10, 5))
+    assert "DELETE on tail_batches" in failing(verb.json("check", code=1))["grants"]
+    verb("offsets", "reset", f"{log}=beginning", "--reason", "r", code=2)
+    assert "permission denied" in verb.stderr
+    poor_dsn("delete")
+    assert failing(verb.json("check")) == {}
+    verb("offsets", "reset", f"{log}=beginning", "--reason", "r")
+    follow(poor, log, b"")
+    assert outcomes(poor) == {"replayed": 20}
+
+
+# --- the embedded Postgres -------------------------------------------------------------------------------------------
+
+
+def test_verbs_with_the_embedded_postgres(log: Path, open_dir: Path, tmp_path: Path) -> None:
+    """They ask the running daemon's server; without a daemon they start it for themselves."""
+    environment = {
+        "BILLING_TAILER_AUDIT_GLOBS": f"{log.parent}/audit*.jsonl*",
+        "BILLING_TAILER_DATA_DIR": str(open_dir / "data"),
+    }
+    assert answer_of(run_verb(environment, "status", "--json")) == STATUS_OF_NOTHING
+    log.write_bytes(lines(0, 10))
+    with Daemon(environment, tmp_path / "log") as daemon:
+        daemon.wait_for_event("batch.committed")
+        running = answer_of(run_verb(environment, "status", "--json"))
+        assert (running["active"], running["facts"]) == (True, 10)
+        found = answer_of(run_verb(environment, "offsets", "reset", f"{log}=0", "--reason", "r", "--json"))
+        assert found["applied"] is True
+        daemon.wait_until(lambda: daemon.metric("billing_tailer_lines_total", '{outcome="replayed"}') == 10)
+        assert daemon.terminate() == 0
+    stopped = answer_of(run_verb(environment, "status", "--json"))
+    assert stopped == {**running, "active": False, "last_commit_at": stopped["last_commit_at"]}
+    assert "FAIL" not in run_verb(environment, "check").stdout
