@@ -12,11 +12,12 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+import httpx
 import psycopg
 
 from billing_tailer.embedded import EmbeddedPostgres
@@ -25,6 +26,7 @@ from billing_tailer.ledger.writer import COLUMNS
 from tests.support import database
 from tests.support.daemon import Daemon
 from tests.support.loglines import line
+from tests.support.spendlines import payload
 
 REFERENCE = (
     "create table reference (like billing.usage_facts including defaults including constraints); "
@@ -127,10 +129,62 @@ def _latency(admin: str, directory: Path, rate: int, seconds: int) -> dict[str, 
     }
 
 
-def _daemon(dsn: str, directory: Path) -> Daemon:
+def _settling(admin: str, directory: Path, rate: int, seconds: int) -> dict[str, float]:
+    """Milliseconds from the arrival of a call's second half (the line, or the 200 of its callback) to the COMMIT of its
+    receipt, by Postgres' own commit timestamps (same machine, same clock)."""
+    log = directory / "audit.jsonl"
+    log.write_bytes(b"")
+    arrived: dict[str, float] = {}
+    token = "callback-token-0123456789"
+    more = {"BILLING_TAILER_CALLBACK_TOKEN": token, "BILLING_TAILER_SPOOL_DIR": f"{directory}/spool"}
+    with _database(admin) as dsn, _daemon(dsn, directory, more) as daemon:
+        daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
+        headers = {"authorization": f"Bearer {token}"}
+        with (
+            httpx.Client(base_url=daemon.url, headers=headers, trust_env=False) as client,
+            log.open("ab", buffering=0) as out,
+        ):
+            start = time.time()
+            for number in range(rate * seconds):
+                time.sleep(max(0.0, start + number / rate - time.time()))
+                if number % 2:
+                    out.write(line(number))
+                    _callback(client, number)
+                else:
+                    _callback(client, number)
+                    out.write(line(number))
+                arrived[f"call-{number:08d}"] = time.time()
+        daemon.wait_until(lambda: _receipts(dsn) == len(arrived), timeout=60)
+        with psycopg.connect(dsn) as connection:
+            rows = connection.execute(
+                "select source_reference, extract(epoch from pg_xact_commit_timestamp(xmin))::float8 "
+                "from billing.charge_receipts"
+            ).fetchall()
+    delays = sorted(1000 * (committed - arrived[call]) for call, committed in rows)
+    return {
+        "calls_per_s": rate,
+        "settled_median_ms": statistics.median(delays),
+        "settled_p99_ms": delays[int(len(delays) * 0.99)],
+        "settled_max_ms": delays[-1],
+    }
+
+
+def _callback(client: httpx.Client, number: int) -> None:
+    client.post("/v1/callbacks/litellm", json=[payload(number)]).raise_for_status()
+
+
+def _receipts(dsn: str) -> int:
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute("select count(*) from billing.charge_receipts").fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _daemon(dsn: str, directory: Path, more: Mapping[str, str] | None = None) -> Daemon:
     variables = {
         "BILLING_TAILER_AUDIT_GLOBS": f"{directory}/audit*.jsonl*",
         "BILLING_TAILER_DATABASE_URL": dsn,
+        **(more or {}),
     }
     return Daemon(variables, directory / f"daemon-{uuid.uuid4().hex}.log")
 
@@ -167,22 +221,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lines", type=int, default=200_000)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--only", choices=["backlog", "latency"])
+    parser.add_argument("--only", choices=["backlog", "latency", "settling"])
     wanted = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="billing-tailer-bench-"))
     directory.chmod(0o755)
     try:
-        with EmbeddedPostgres(directory / "postgres") as server:
-            if wanted.only != "latency":
-                print(json.dumps({"backlog": _rounded(_backlog(server.dsn, directory, wanted.lines, wanted.pairs))}))
-            if wanted.only != "backlog":
-                print(json.dumps({"latency": _rounded(_latency(server.dsn, directory, 200, 10))}))
+        with EmbeddedPostgres(directory / "postgres", None, ("-c", "track_commit_timestamp=on")) as server:
+            if wanted.only in (None, "backlog"):
+                _print("backlog", _backlog(server.dsn, directory, wanted.lines, wanted.pairs))
+            if wanted.only in (None, "latency"):
+                _print("latency", _latency(server.dsn, directory, 200, 10))
+            if wanted.only in (None, "settling"):
+                _print("settling", _settling(server.dsn, directory, 100, 20))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 4) for key, value in figures.items()}
+def _print(name: str, figures: dict[str, float]) -> None:
+    print(json.dumps({name: {key: round(value, 4) for key, value in figures.items()}}), flush=True)
 
 
 if __name__ == "__main__":
