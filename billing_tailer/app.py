@@ -7,11 +7,12 @@ However the loop hangs, the process ends within five seconds of SIGTERM, and nev
 
 import os
 import queue
+import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Self
@@ -25,7 +26,7 @@ from billing_tailer.events import Events, configure_logging
 from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
-from billing_tailer.ledger import Ledger, migrate
+from billing_tailer.ledger import Ledger, Reads, migrate
 from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import Corrections
 from billing_tailer.poller import Poller
@@ -40,6 +41,8 @@ from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
 from billing_tailer.web.callbacks import callback_route
+from billing_tailer.web.runs import run_routes
+from billing_tailer.web.waiters import Waiters
 
 ABORT_SECONDS = 3.0
 """So long after SIGTERM a hanging transaction is cut."""
@@ -127,12 +130,17 @@ class Ending:
 def run(settings: Settings) -> int:
     """The daemon, until SIGTERM or SIGINT. Returns the exit code; raises TailerError."""
     configure_logging(settings.log_level, settings.log_format)
+    # log files that are held open and clients that wait share the limit, of which the soft part is often 1024
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
     events, health, wake = Events(), Health(), Wake()
     events.info("starting", version=__version__, settings=effective(settings))
     LogFiles(settings.audit_globs, settings.open_files_max).require_mounts()
     spool = _spool(settings, events)
     files = _log_files(settings, spool)
-    http = HttpServer(settings.http_host, settings.http_port, events, health, _routes(settings, spool, events))
+    reads = Reads(settings.db_schema, settings.source_id)
+    waiters = Waiters(reads.run_status)
+    routes = [*_callback_routes(settings, spool, events), *run_routes(_api_token(settings), reads, waiters)]
+    http = HttpServer(settings.http_host, settings.http_port, events, health, routes)
     with Ending(wake.set, events) as ending:
         http.start()
         try:
@@ -140,8 +148,10 @@ def run(settings: Settings) -> int:
                 ending.watching("the HTTP thread", http.alive),
                 _spooling(spool, ending),
                 _database(settings, ending, events) as dsn,
+                reads.of(dsn),
+                closing(waiters),
             ):
-                _follow(settings, dsn, files, spool, events, health, ending, wake)
+                _follow(settings, dsn, files, spool, events, health, ending, wake, waiters.notify)
         finally:
             http.stop()
             wake.stop()
@@ -174,7 +184,11 @@ def _log_files(settings: Settings, spool: Spool | None) -> LogFiles:
     )
 
 
-def _routes(settings: Settings, spool: Spool | None, events: Events) -> list[BaseRoute]:
+def _api_token(settings: Settings) -> str | None:
+    return None if settings.api_token is None else settings.api_token.get_secret_value()
+
+
+def _callback_routes(settings: Settings, spool: Spool | None, events: Events) -> list[BaseRoute]:
     if spool is None:
         return []
     token = None if settings.callback_token is None else settings.callback_token.get_secret_value()
@@ -203,6 +217,7 @@ def _follow(
     health: Health,
     ending: Ending,
     wake: Wake,
+    notify: Callable[[Collection[str]], None],
 ) -> None:
     ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
     ending.abort = ledger.abort
@@ -230,12 +245,13 @@ def _follow(
             reset=OrderedReset(settings.offset_reset, settings.offset_reset_id, ledger, files, events, health),
             settler=Settler(
                 ledger,
-                _rules(settings),
+                rules(settings),
                 Timing(settings.settle_deadline_seconds, settings.failure_quiet_seconds),
                 events,
                 health,
                 poller=poller,
                 spool_is_behind=follower.spool_is_behind,
+                notify=notify,
             ),
         )
         _migrate(settings, dsn, follower, events, health, ending)
@@ -248,7 +264,8 @@ def _follow(
             ledger.close()
 
 
-def _rules(settings: Settings) -> Rules:
+def rules(settings: Settings) -> Rules:
+    """What decides about money, as configured."""
     return Rules(
         markup=settings.markup_factor,
         free_models=settings.free_models,

@@ -1,13 +1,16 @@
 """`check`: everything that is wrong with an installation, at once, each with the next step."""
 
+import threading
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 
 from billing_tailer import audit
 from billing_tailer.errors import TailerError
 from billing_tailer.files import LogFiles
-from billing_tailer.ledger import migrations, probe
+from billing_tailer.ledger import migrations, models_seen, probe
+from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import DeadLetterReason, Rejected, SeenFile
 from billing_tailer.settings import Settings
 
@@ -17,17 +20,23 @@ CLOCK_SECONDS_MAX = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """One thing that was looked at. warning: it works, but not as well as it could."""
 
     ok: bool
     topic: str
     message: str
     hint: str = ""
+    warning: bool = False
 
 
 def run_checks(settings: Settings, dsn: str) -> list[Finding]:
-    """Look at the log volume, the log's format and the database."""
-    return [*_check_files(settings), *_check_database(settings, dsn)]
+    """Look at the log volume, the log's format, the database and the sources of costs."""
+    return [
+        *_check_files(settings),
+        *_check_database(settings, dsn),
+        *_check_cost_sources(settings),
+        *_check_free_models(settings, dsn),
+    ]
 
 
 def _check_files(settings: Settings) -> list[Finding]:
@@ -106,3 +115,51 @@ def _check_database(settings: Settings, dsn: str) -> list[Finding]:
         )
     )
     return findings
+
+
+def _check_cost_sources(settings: Settings) -> list[Finding]:
+    """Callbacks are fast and lossy, spend logs slow and lossy in other ways: both are best, one is needed."""
+    with_callbacks = settings.callback_token is not None or settings.spool_dir is not None
+    if not with_callbacks and settings.litellm_url is None:
+        hint = "set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY"
+        return [Finding(False, "cost source", "there is none: calls are recorded but never charged", hint)]
+    if settings.callback_token is not None:
+        findings = [Finding(True, "callbacks", "taken with CALLBACK_TOKEN")]
+    elif with_callbacks:
+        hint = "set CALLBACK_TOKEN where LiteLLM runs on another machine"
+        findings = [Finding(True, "callbacks", "taken from this machine only", hint, warning=True)]
+    else:
+        message = "off: spend logs are slower, and lose calls whose provider repeats an id, which then stay overdue"
+        findings = [Finding(True, "callbacks", message, "set CALLBACK_TOKEN, also in LiteLLM", warning=True)]
+    return [*findings, _check_spend_logs(settings)]
+
+
+def _check_spend_logs(settings: Settings) -> Finding:
+    if settings.litellm_url is None or settings.litellm_api_key is None:
+        hint = "set LITELLM_URL and LITELLM_API_KEY: callbacks that LiteLLM drops are found there"
+        return Finding(True, "spend logs", "not asked: what callbacks lose stays overdue", hint, warning=True)
+    key = settings.litellm_api_key.get_secret_value()
+    try:
+        with SpendLogs(settings.litellm_url, key, stop=threading.Event()) as logs:
+            trouble = logs.reachable()
+    except TailerError as error:
+        return Finding(False, "spend logs", error.message, error.hint)
+    if trouble is None:
+        return Finding(True, "spend logs", f"{settings.litellm_url} answers")
+    message, _, hint = trouble.partition("\n  -> ")
+    return Finding(False, "spend logs", message, hint or "look at LITELLM_URL and LITELLM_API_KEY")
+
+
+def _check_free_models(settings: Settings, dsn: str) -> list[Finding]:
+    """A pattern that matches nothing may be a typo: then a free model's calls are held."""
+    if not settings.free_models:
+        return []
+    try:
+        seen = models_seen(dsn, settings.db_schema)
+    except TailerError:
+        return []  # the database's own findings say why
+    unused = [glob for glob in settings.free_models if not any(fnmatchcase(name, glob) for name in seen)]
+    if not seen or not unused:
+        return [Finding(True, "free models", f"{len(settings.free_models)} patterns")]
+    hint = "compare FREE_MODELS with the models of `billing-tailer exceptions list --kind held_zero_cost`"
+    return [Finding(True, "free models", f"matching nothing seen so far: {', '.join(unused)}", hint, warning=True)]

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -22,21 +22,20 @@ from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.model import FileState, Position
+from billing_tailer.money_cli import money
+from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
 from billing_tailer.resets import newest_at, parse_request, plan_reset
 from billing_tailer.settings import OffsetReset, Settings, load
 
 RESET_SECONDS_MAX = 10.0
 """How long `offsets reset` competes with a busy daemon."""
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Reason = Annotated[str, typer.Option(help="Why; kept with the change.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
-
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__.splitlines()[0])
 offsets = typer.Typer(no_args_is_help=True, help="Where each file stands, and moving it.")
 dead_letters = typer.Typer(no_args_is_help=True, help="Byte ranges that could not become facts.")
 cli.add_typer(offsets, name="offsets")
 cli.add_typer(dead_letters, name="dead-letters")
+cli.add_typer(money)
 
 
 def main() -> NoReturn:
@@ -68,11 +67,12 @@ def check(as_json: AsJson = False) -> None:
     with daemon.database_for_verbs(settings := load()) as dsn:
         findings = run_checks(settings, dsn)
     if as_json:
-        print(json.dumps([{"ok": f.ok, "topic": f.topic, "message": f.message, "hint": f.hint} for f in findings]))
+        print(json.dumps([asdict(finding) for finding in findings]))
     else:
         for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.topic}: {finding.message}")
-            if not finding.ok:
+            word = "FAIL" if not finding.ok else "warn" if finding.warning else "ok  "
+            print(f"{word} {finding.topic}: {finding.message}")
+            if word != "ok  ":
                 print(f"     -> {finding.hint}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
@@ -99,7 +99,7 @@ def status(as_json: AsJson = False) -> None:
     settings = load()
     with _reports(settings) as ledger:
         positions = ledger.positions()
-        totals = ledger.totals()
+        totals = {**ledger.totals(), **ledger.settlement()}
         owner = ledger.active_owner()
     sizes = _sizes(settings, positions)
     rows = [_file_row(position, sizes) for position in positions]
@@ -116,7 +116,7 @@ def status(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(answer))
     else:
-        _print_pairs(answer)
+        print_pairs(answer)
     raise typer.Exit(1 if blocked or totals["dead_letters_open"] else 0)
 
 
@@ -157,7 +157,7 @@ def offsets_reset(
     if as_json:
         print(json.dumps(answer))
     else:
-        _print_pairs(answer)
+        print_pairs(answer)
 
 
 def _reset(settings: Settings, ledger: Reports, wanted: OffsetReset, reason: str, *, dry_run: bool) -> Reset:
@@ -192,7 +192,7 @@ def dead_letters_list(
     with _reports(load()) as ledger:
         rows = ledger.dead_letters(include_resolved=include_resolved, limit=limit)
     columns = ["dead_letter_id", "path", "start_offset", "end_offset", "reason", "detail", "created_at", "resolution"]
-    _print_rows([_plain(row) for row in rows], columns, as_json)
+    print_rows([plain(row) for row in rows], columns, as_json)
 
 
 @dead_letters.command("show")
@@ -205,9 +205,9 @@ def dead_letters_show(dead_letter_id: int, as_json: AsJson = False) -> None:
     row["raw"] = bytes(row["raw"]).decode("utf-8", "backslashreplace")
     row["sha256"] = bytes(row["sha256"]).hex()
     if as_json:
-        print(json.dumps(_plain(row)))
+        print(json.dumps(plain(row)))
     else:
-        _print_pairs(_plain(row))
+        print_pairs(plain(row))
 
 
 @contextmanager
@@ -249,36 +249,4 @@ def _print_positions(as_json: bool) -> None:
         positions = ledger.positions()
     sizes = _sizes(settings, positions)
     columns = ["file_id", "path", "generation", "state", "blocked_reason", "committed_offset", "size", "lag_bytes"]
-    _print_rows([_file_row(position, sizes) for position in positions], columns, as_json)
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value.isoformat() if isinstance(value, datetime) else value for key, value in row.items()}
-
-
-def _print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows))
-        return
-    if not rows:
-        print("none")
-        return
-    # not rich's Table, which cuts paths to fit 80 columns where there is no terminal
-    table = [columns, *([_text(row[column]) for column in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for cells in table:
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
-
-
-def _print_pairs(pairs: dict[str, Any]) -> None:
-    width = max(map(len, pairs))
-    for key, value in pairs.items():
-        print(f"{key:<{width}}  {_text(value)}")
-
-
-def _text(value: Any) -> str:
-    """A value for people. Escaped where it is not printable: log lines are made by strangers, terminals obey."""
-    if isinstance(value, list):
-        return ", ".join(map(_text, value)) or "none"
-    text = "-" if value is None else str(value)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    print_rows([_file_row(position, sizes) for position in positions], columns, as_json)

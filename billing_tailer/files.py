@@ -331,6 +331,29 @@ def _seen(path: str, status: os.stat_result, *, named: bool = True) -> SeenFile:
     return SeenFile(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, named)
 
 
+def read_range(path: str, locator: tuple[int, int], head: bytes, start: int, end: int) -> bytes | str:
+    """The bytes [start, end) of exactly that file, to be shown; a reason in words where they cannot be. path: escaped.
+
+    Opens and closes a descriptor of its own, so that any thread may call it.
+    """
+    try:
+        fd = os.open(unescape_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    try:
+        status = os.fstat(fd)
+        if (status.st_dev, status.st_ino) != locator or not stat.S_ISREG(status.st_mode):
+            return f"{path}: another file has taken the name"
+        if os.pread(fd, len(head), 0) != head:
+            return f"{path}: its content is another one by now"
+        content = os.pread(fd, end - start, start)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    finally:
+        os.close(fd)
+    return content if len(content) == end - start else f"{path}: ends before byte {end}"
+
+
 def _fixed_directory(pattern: bytes) -> bytes:
     """The part of a glob before its first magic character: what must exist for a scan to mean anything."""
     directory = os.path.dirname(pattern)

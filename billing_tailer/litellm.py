@@ -105,7 +105,6 @@ class _Page:
     rows: list[Row]
     size: int
     total: int
-    capped: bool
     first: datetime | None
     last: datetime | None
 
@@ -113,7 +112,7 @@ class _Page:
     def is_whole(self) -> bool:
         """Were these all rows of the window? The count is an earlier statement than the rows, so it is not enough that
         it equals their number: a full page may have lost a counted row to one that came in between."""
-        return len(self.rows) < self.size and not self.capped and self.total <= len(self.rows)
+        return self.total <= len(self.rows) < self.size
 
 
 class _Bucket:
@@ -254,9 +253,10 @@ class SpendLogs:
                 yield fresh
             if page.is_whole:
                 return
-            seen = {row["request_id"] for row in page.rows}
+            ids = {row["request_id"] for row in page.rows}
             reached = _floor(page.last or cursor)
-            if reached <= cursor:
+            seen = ids if reached > cursor else seen | ids  # what may come again
+            if reached == cursor:
                 second_end = min(cursor + _SECOND, last)
                 yield from self._second(cursor, second_end, size, seen)
                 if second_end == last:
@@ -265,38 +265,37 @@ class SpendLogs:
             cursor = reached
 
     def _second(self, start: datetime, end: datetime, size: int, seen: set[str]) -> Iterator[list[Row]]:
-        """More rows than one page within a second: page by number, from other page sizes and from both ends in turn,
-        until every time was read once without a doubt."""
+        """More rows than one page within a second: page by number, again with smaller pages, until of every time all
+        rows were read in one of the passes."""
         doubtful: set[datetime] | None = None
         for number in range(PASSES_MAX):
-            rows = max(1, size - number // 2 * max(1, size // 7))
+            rows = max(1, size - number * max(1, size // 17))
             try:
-                borders = yield from self._pass(start, end, rows, "desc" if number % 2 else "asc", seen)
+                borders = yield from self._pass(start, end, rows, seen)
             except _PageTooLarge as error:
                 size = self._smaller(error, rows)
                 continue
             doubtful = borders if doubtful is None else doubtful & borders
             if not doubtful:
                 return
+        times = ", ".join(map(str, sorted(doubtful or [start])[:3]))
         raise LiteLLMContract(
-            f"LiteLLM has more rows of one time than fit on a page of {size}, so that some may be missing: "
-            + ", ".join(map(str, sorted(doubtful or [start])[:3])),
-            _HINT_VERSION,
+            f"LiteLLM has too many rows of one time for pages of {size}, some may be missing: {times}", _HINT_VERSION
         )
 
     def _pass(
-        self, start: datetime, end: datetime, size: int, order: str, seen: set[str]
+        self, start: datetime, end: datetime, size: int, seen: set[str]
     ) -> Generator[list[Row], None, set[datetime]]:
         """Every page once; the result is the times of which rows may be missing.
 
-        Those are the times that end one page and begin the next. New rows push others to later pages only, in either
-        order, so of any other time there is a page that showed all its rows at once: the first page on which they
-        begin; or, if they run over its end, a later one, to which new rows have pushed them.
+        Those are the times that end one page and begin the next. New rows push others to later pages only, so of any
+        other time there is a page that showed all its rows at once: the first page on which they begin; or, if they
+        ran over its end, a later one, to which new rows have pushed them.
         """
         doubtful: set[datetime] = set()
         before: datetime | None = None
         for number in range(1, PASS_PAGES_MAX + 1):
-            page = self._page(start, end, size, number=number, order=order)
+            page = self._page(start, end, size, number=number)
             if page.first is not None and page.first == before:
                 doubtful.add(page.first)
             before = page.last
@@ -320,18 +319,17 @@ class SpendLogs:
         size: int,
         *,
         number: int = 1,
-        order: str = "asc",
         attempts: int = ATTEMPTS_MAX,
     ) -> _Page:
         params = {
             **_dates(start, end),
             "sort_by": "startTime",
-            "sort_order": order,
+            "sort_order": "asc",
             "page": str(number),
             "page_size": str(size),
         }
         body = self._get("/spend/logs/v2", params, attempts)
-        return _checked_page(self._json(body), start, end, size, number, order)
+        return _checked_page(self._json(body), start, end, size, number)
 
     # --- other questions -----------------------------------------------------------------------------------------
 
@@ -477,13 +475,13 @@ class SpendLogs:
 # --- what must be true of an answer -----------------------------------------------------------------------------------
 
 
-def _checked_page(answer: Any, start: datetime, end: datetime, size: int, number: int, order: str) -> _Page:
+def _checked_page(answer: Any, start: datetime, end: datetime, size: int, number: int) -> _Page:
     path = "/spend/logs/v2"
     if not isinstance(answer, dict) or not isinstance(answer.get("data"), list):
         raise _contract(path, f"has no list `data`: it is {_kind(answer)}")
     rows: list[Any] = answer["data"]
-    total, capped = answer.get("total"), answer.get("total_is_capped", False)
-    if type(total) is not int or total < 0 or type(capped) is not bool:
+    total = answer.get("total")
+    if type(total) is not int or total < 0:
         raise _contract(path, "has no sound `total`")
     if answer.get("page_size", size) != size or answer.get("page", number) != number or len(rows) > size:
         raise _contract(path, f"is not the page asked for: page {number} with at most {size} rows")
@@ -492,9 +490,9 @@ def _checked_page(answer: Any, start: datetime, end: datetime, size: int, number
     times = [_start_time(row) for row in rows]
     if times and not start <= min(times) <= max(times) <= end:
         raise _contract(path, f"has rows that started at {min(times)} to {max(times)}, outside of {start} to {end}")
-    if times != sorted(times, reverse=order == "desc"):
+    if times != sorted(times):
         raise _contract(path, "is not sorted by startTime as asked: LiteLLM is older than February 2026")
-    return _Page(rows, size, total, capped, times[0] if times else None, times[-1] if times else None)
+    return _Page(rows, size, total, times[0] if times else None, times[-1] if times else None)
 
 
 def _start_time(row: Any) -> datetime:
@@ -546,7 +544,10 @@ def _checked_url(url: str) -> str:
     except httpx.InvalidURL:
         parsed = httpx.URL()
     sound = (
-        parsed.scheme in ("http", "https") and parsed.host and not (parsed.userinfo or parsed.query or parsed.fragment)
+        re.fullmatch(r"[!-~]+", url)
+        and parsed.scheme in ("http", "https")
+        and parsed.host
+        and not (parsed.userinfo or parsed.query or parsed.fragment)
     )
     if not sound:
         shown = "" if "@" in url or "?" in url else f", not {url!r}"

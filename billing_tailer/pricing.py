@@ -80,7 +80,7 @@ def price(costs: Iterable[Decimal], markup: Decimal) -> Price | Unpriceable:
     except (InvalidOperation, Inexact) as error:  # Overflow is an Inexact
         return Unpriceable(f"a sum that is no exact amount: {type(error).__name__}")
     charged_credits = -(-int(_EXACT.scaleb(user_cost, 12)) // _LATTICE_PER_CREDIT)
-    if provider_cost >= AMOUNT_USD_LIMIT or user_cost >= AMOUNT_USD_LIMIT or charged_credits > CREDITS_MAX:
+    if provider_cost >= AMOUNT_USD_LIMIT or charged_credits > CREDITS_MAX:
         return Unpriceable(f"{user_cost:.6E} USD is more than a receipt can hold")
     return Price(provider_cost, user_cost, charged_credits)
 

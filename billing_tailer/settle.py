@@ -486,7 +486,7 @@ def _named(call: CallState, receipt: Receipt, release: Release, cost_usd: Decima
     evidence = {"record_ids": list(ids), "provider_cost_usd": f"{price.provider_cost_usd:f}"}
     return Adjustment(
         source_reference=receipt.source_reference,
-        evidence_hash=evidence_hash("release", ids, str(price.provider_cost_usd), len(call.adjustments)),
+        evidence_hash=evidence_hash("release", ids, pricing.canonical(price.provider_cost_usd), len(call.adjustments)),
         delta_credits=delta_credits,
         delta_cost_usd=delta_cost,
         reason=release.reason,
@@ -496,16 +496,16 @@ def _named(call: CallState, receipt: Receipt, release: Release, cost_usd: Decima
 
 
 def adjust(call: CallState, delta_credits: int, delta_cost_usd: Decimal, reason: str, created_by: str) -> Adjustment:
-    """A person's correction of a settled call, by credits and USD of provider cost.
+    """A person's correction of a settled call, by credits and USD of provider cost (rounded to 1e-12).
 
     The same correction with the same reason in the same situation has the same evidence hash: it is made once.
     """
-    ids = _all_ids(call.records)
+    ids, delta_cost = _all_ids(call.records), pricing.quantized(delta_cost_usd)
     return Adjustment(
         source_reference=call.fact.call_id,
-        evidence_hash=evidence_hash("adjust", ids, delta_credits, str(delta_cost_usd), reason),
+        evidence_hash=evidence_hash("adjust", ids, delta_credits, pricing.canonical(delta_cost), reason),
         delta_credits=delta_credits,
-        delta_cost_usd=delta_cost_usd,
+        delta_cost_usd=delta_cost,
         reason=reason,
         evidence={"record_ids": list(ids)},
         created_by=created_by,
@@ -544,8 +544,6 @@ def _to_open(call: CallState, wanted: _Wanted) -> tuple[CallException, ...]:
     opened = []
     for kind, detail in wanted.items():
         rows = [row for row in call.exceptions if row.kind is kind]
-        if rows and kind in _INFORMATIONAL:
-            continue
         if any(row.is_open and not _is_superseded(row, wanted) for row in rows):
             continue
         if _is_accepted(call, kind, detail["evidence"]):

@@ -46,8 +46,10 @@ class Settler:
         *,
         poller: Poller | None,
         spool_is_behind: Callable[[], bool],
+        notify: Callable[[Collection[str]], None] = lambda _: None,
     ) -> None:
-        """spool_is_behind: whether callbacks wait in the spool uncommitted; no deadline passes while they do."""
+        """spool_is_behind: whether callbacks wait in the spool uncommitted; no deadline passes while they do. notify:
+        told, after the commit, the ids of the runs about whose calls something was decided."""
         self._ledger = ledger
         self._rules = rules
         self._timing = timing
@@ -55,10 +57,17 @@ class Settler:
         self._health = health
         self._poller = poller
         self._spool_is_behind = spool_is_behind
+        self._notify = notify
         self._next_sweep = 0.0
         self._next_poll = 0.0
         self._poll_from: datetime | None = None
         self._polls: list[tuple[datetime, datetime, datetime]] = []
+
+    def begin(self) -> None:
+        """This process has become the owner: settings may be others than when exceptions were opened."""
+        self._next_sweep = 0.0
+        for batch in _batches(self._ledger.doubtful_calls(), BATCH_CALLS_MAX):
+            self._settle(batch)
 
     def after_commit(self, call_ids: Collection[str]) -> None:
         """Decide the calls of a plan that was committed just now, as far as anything is known of their cost."""
@@ -81,14 +90,18 @@ class Settler:
         return more
 
     def _settle(self, call_ids: Collection[str]) -> None:
-        calls = self._ledger.load_calls(
-            call_ids,
-            deadline_seconds=self._timing.deadline_seconds,
-            quiet_seconds=self._timing.quiet_seconds,
-            is_over=self._nobody_left_to_ask,
-        )
-        decisions: dict[str, Decision] = {call.fact.call_id: decide(call, self._rules) for call in calls}
-        self._ledger.write_decisions(decisions, call_ids)
+        with self._ledger.deciding():
+            self._ledger.take_calls(call_ids)
+            calls = self._ledger.load_calls(
+                call_ids,
+                deadline_seconds=self._timing.deadline_seconds,
+                quiet_seconds=self._timing.quiet_seconds,
+                is_over=self._nobody_left_to_ask,
+            )
+            decisions: dict[str, Decision] = {call.fact.call_id: decide(call, self._rules) for call in calls}
+            self._ledger.write_decisions(decisions)
+        run_ids = {call.fact.run_id for call in calls if _has_changed(decisions[call.fact.call_id])}
+        self._notify({run_id for run_id in run_ids if run_id is not None})
         self._events.settled(list(decisions.values()))
 
     def _nobody_left_to_ask(self, waiting: Waiting) -> bool:
@@ -129,6 +142,10 @@ class Settler:
         self._polls.append((window.asked_at, window.started_from, window.started_to))
         del self._polls[:-POLLS_REMEMBERED]
         self._poll_from = window.started_to
+
+
+def _has_changed(decision: Decision) -> bool:
+    return bool(decision.receipt or decision.adjustment or decision.opened or decision.closed)
 
 
 def _batches(call_ids: Collection[str], size: int) -> list[list[str]]:

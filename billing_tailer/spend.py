@@ -95,7 +95,7 @@ def _keep_number(value: object) -> object:
         return None if value is None else type(value)()
     if isinstance(value, float) and math.isfinite(value):
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
         return value
     number = pricing.exact(value) if isinstance(value, Decimal) else None
     if number is not None and math.isfinite(near := float(number)) and Decimal(repr(near)) == number:

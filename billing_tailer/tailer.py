@@ -101,6 +101,7 @@ class Tailer:
         self._load()
         self._reset.apply()
         self._load()
+        self._settler.begin()
         self._events.active(True)
         self._health.say("ledger", ())
         self._events.info("owner", source_id=self._ledger.source_id, files=len(self._follower.positions))

@@ -24,10 +24,11 @@ from billing_tailer import audit, errors
 from billing_tailer.cli import cli
 from billing_tailer.events import Events
 from billing_tailer.health import Health
-from billing_tailer.ledger import migrations
+from billing_tailer.ledger import Reads, migrations
 from billing_tailer.model import (
     BlockReason,
     DeadLetterReason,
+    ExceptionKind,
     FileState,
     GapReason,
     Outcome,
@@ -37,19 +38,27 @@ from billing_tailer.model import (
     UsageFact,
 )
 from billing_tailer.settings import LLM_ROUTES, PREFIX, describe
+from billing_tailer.spend import slim
+from billing_tailer.spool import Spool
+from billing_tailer.web.callbacks import callback_route
+from billing_tailer.web.runs import run_routes
 from billing_tailer.web.server import application
+from billing_tailer.web.waiters import Waiters
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "billing_tailer"
 FILES = ("README.md", "docs/integrating.md", "docs/operating.md")
 LOG_FORMAT = "deploy/nginx/audit.conf.template"
+RUN_CLIENT = "tests/support/run_client.py"
 NOT_YET = "not written by this version"
 
 # --- what the code cannot say -------------------------------------------------------------------------------------
 
 OUTCOMES: Mapping[StrEnum, str] = {
     Outcome.FACT: "a billable call: a row of `usage_facts`",
-    Outcome.REPLAYED: "a line of a call that is recorded already (a copied log, a rewind): accounted for, nothing else",
+    Outcome.SPEND_RECORD: "what LiteLLM says of one attempt of a call, a line of the spool: a row of `spend_records`",
+    Outcome.REPLAYED: "a line or record that is there already (a copied log, a rewind, an event sent twice): accounted "
+    "for, nothing else",
     Outcome.CONFLICT: "another request under a call id that is taken: a row of `call_conflicts`; look at the proxy",
     Outcome.DEAD_LETTER: "could not be understood: a row of `dead_letters`, with the bytes",
     SkipReason.NOT_LLM_ROUTE: "no POST to one of `LLM_ROUTES`, such as `GET /v1/models` or a health check",
@@ -60,10 +69,13 @@ DEAD_LETTERS: Mapping[StrEnum, str] = {
     DeadLetterReason.INVALID_JSON: "not JSON",
     DeadLetterReason.NOT_AN_OBJECT: "JSON, but no object",
     DeadLetterReason.DUPLICATE_KEY: "one key twice: neither value can be trusted",
-    DeadLetterReason.MISSING_FIELD: "a field that every such line must have is not there: correct nginx's `log_format`",
+    DeadLetterReason.MISSING_FIELD: "a field that every such line must have is not there: correct nginx's "
+    "`log_format`; of a callback, its call id",
     DeadLetterReason.BAD_VALUE: "a field that decides the bill (status, time, an id) has an impossible value",
-    DeadLetterReason.TOO_LONG: "longer than `LINE_BYTES_MAX`; its first 4 KiB are kept",
-    DeadLetterReason.UNTERMINATED: "the end of a finished file without a newline",
+    DeadLetterReason.TOO_LONG: "longer than `LINE_BYTES_MAX`, its first 4 KiB are kept; of a callback, more than 4 MiB "
+    "without its prompts and answers, or deeper than 500 levels",
+    DeadLetterReason.UNTERMINATED: "a callback, or a line of the spool, that breaks off: its writer died, nobody was "
+    "told that it was safe",
     DeadLetterReason.REFUSED_BY_POSTGRES: "Postgres refused the row; its words are in `detail`",
 }
 GAPS: Mapping[StrEnum, str] = {
@@ -94,6 +106,74 @@ ENDPOINTS: Mapping[str, str] = {
     "/livez": "200 while the loop turns, 503 after 30 s without a turn. Never asks Postgres: restart on 503",
     "/readyz": "200 if this process commits and every file is followed, else 503 with the reasons by topic as JSON",
     "/metrics": "Prometheus' text format",
+    "POST /v1/callbacks/litellm": "LiteLLM's events, as a JSON array, an object per line or one object, also gzipped: "
+    "200 with the numbers of those accepted and rejected, once all are on disk; 400 where nothing is JSON, 401, 408, "
+    "413, 415, 503 where the spool is full. Exists where `CALLBACK_TOKEN` or `SPOOL_DIR` is set",
+    "/v1/runs/{run_id}": "the bill of a run, at once or as soon as it is complete: `wait_seconds` (to 60), `calls=N` "
+    "or `call_id=...` (to 1,000 of them), `details=true` with `after` and `limit`",
+    "/v1/calls/{call_id}": "everything about one call, down to the line in the log; 404 where nothing is known of it",
+}
+EXCEPTIONS: Mapping[ExceptionKind, tuple[str, str]] = {
+    ExceptionKind.HELD_ZERO_COST: (
+        (
+            "a success with tokens, without a cost, no cache hit, of a model that is not in `FREE_MODELS`: an "
+            "unpriced model looks the same as a free one. Not charged until somebody decides"
+        ),
+        (
+            "free: add the model to `FREE_MODELS` and restart, then `release` those that are held already with "
+            "cost 0. Unpriced: give it a price in LiteLLM, and `release` each call with its cost"
+        ),
+    ),
+    ExceptionKind.HELD_BAD_COST: (
+        "a cost that is no number, negative or above `COST_MAX_USD`. Not charged until somebody decides",
+        "read the cost in `explain`, and `release` the call with what it should be",
+    ),
+    ExceptionKind.UNATTRIBUTED: (
+        "the line names no account. Not charged until somebody names one",
+        "`release` with the account; correct the proxy, which must set `end_user`",
+    ),
+    ExceptionKind.NOT_CHARGED: (
+        "all attempts failed, and cost nothing. Closed by itself where a later record changes that",
+        "nothing",
+    ),
+    ExceptionKind.OVERDUE: (
+        (
+            "no spend record within `SETTLE_DEADLINE_SECONDS`: lost, or late. Still pending: a record that comes "
+            "later settles the call and closes this"
+        ),
+        (
+            "many of them: do callbacks arrive, is LiteLLM's database well? See below. A few: look in LiteLLM for "
+            "the call id, and `release` with what it says, or `close` it and charge nothing"
+        ),
+    ),
+    ExceptionKind.CONFLICT: (
+        (
+            "several requests under one call id, for different accounts. Not charged until somebody decides; "
+            "after a receipt, corrections stop"
+        ),
+        (
+            "see that the proxy sets `x-litellm-call-id`; then `release` with the account that pays for all of "
+            "them, or `close`"
+        ),
+    ),
+    ExceptionKind.COST_MISMATCH: (
+        (
+            "a later record says another amount than what is charged, and it is not applied: "
+            "`CORRECTIONS=report`, or a person had named the amount"
+        ),
+        "`adjust` by the difference in `detail`, or `close` to leave it",
+    ),
+    ExceptionKind.CALL_ID_NOT_FORWARDED: (
+        "informs: LiteLLM used another call id than the proxy asked for",
+        (
+            "correct the proxy: calls whose answer never came cannot be tied to their cost, and clients may "
+            "choose the id"
+        ),
+    ),
+    ExceptionKind.MODEL_MISMATCH: (
+        "informs: LiteLLM ran another model than the log says was asked for (a fallback). What ran is billed",
+        "nothing, if you meant to have fallbacks",
+    ),
 }
 TABLES: Mapping[str, str] = {
     "tail_files": "one row per generation of a file: identity, committed offset, state",
@@ -103,6 +183,13 @@ TABLES: Mapping[str, str] = {
     "offset_resets": "every move of an offset by an operator",
     "usage_facts": "one row per call: run, account, route, status, times, and the byte range of its line",
     "call_conflicts": "further requests under a call id that is taken",
+    "spend_records": "what LiteLLM says of each attempt of a call, by source: status, model, tokens, cost unrounded",
+    "unsettled_facts": "work list: calls without a receipt that may still get one",
+    "touched_calls": "work list: calls about which a record has come that was not looked at yet",
+    "charge_receipts": "the money: one row per charged call, never changed",
+    "llm_charge_details": "one row per receipt: model, tokens, LiteLLM's cost and times",
+    "charge_adjustments": "later corrections of a receipt: the difference, why, and who made it",
+    "call_exceptions": "why a call needs a look: opened, and closed by whom and why",
 }
 ALWAYS, CALLS, OPTIONAL = "every line", "calls", "no"
 LOG_FIELDS: Mapping[str, tuple[str, str]] = {
@@ -207,7 +294,9 @@ def usage(name: str, command: Any) -> str:
         elif parameter.is_flag:
             word = parameter.opts[0]
         else:
-            word = f"{parameter.opts[0]} {'N' if isinstance(parameter.default, int) else 'TEXT'}"
+            kind = parameter.type_descriptor.annotation
+            value = "N" if kind is int else "TEXT" if kind is str else parameter.name.upper()
+            word = f"{parameter.opts[0]} {parameter.metavar or value}"
         words.append(word if parameter.required else f"[{word}]")
     return " ".join(words)
 
@@ -260,9 +349,28 @@ def exit_codes() -> str:
 
 def endpoints() -> str:
     """From the routes of the application."""
-    paths = [str(getattr(route, "path", "")) for route in application(Events(), Health()).routes]
+    reads = Reads("billing", "default")
+    more = [
+        callback_route(None, Spool(ROOT, 1, lambda _: None), slim, 1, lambda _: None),
+        *run_routes(None, reads, Waiters(reads.run_status)),
+    ]
+    paths = []
+    for route in application(Events(), Health(), more).routes:
+        path = str(getattr(route, "path", "")).replace(":path}", "}")
+        paths.append(path if "GET" in getattr(route, "methods", ()) else f"POST {path}")
     same_keys("endpoints", paths, ENDPOINTS)
     return table(("path", "answer"), ((code(path), ENDPOINTS[path]) for path in paths))
+
+
+def exception_kinds() -> str:
+    """From the enum."""
+    same_keys("exception kinds", ExceptionKind, EXCEPTIONS)
+    return table(("kind", "meaning", "what to do"), ((code(kind), *EXCEPTIONS[kind]) for kind in ExceptionKind))
+
+
+def run_client() -> str:
+    """The client for applications, as tests/test_runs.py runs it."""
+    return f"```python\n{(ROOT / RUN_CLIENT).read_text('utf-8')}```"
 
 
 def tables() -> str:
@@ -406,6 +514,8 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "file-states": lambda: reasons(FileState, meanings=STATES, header="state"),
     "exit-codes": exit_codes,
     "endpoints": endpoints,
+    "run-client": run_client,
+    "exception-kinds": exception_kinds,
     "tables": tables,
     "required-fields": required_fields,
     "log-fields": log_fields,

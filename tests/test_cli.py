@@ -1,8 +1,6 @@
 """Every verb: what people read, the JSON that programs read, exit codes; with a given Postgres and the embedded one."""
 
 import json
-import os
-import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -12,13 +10,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from billing_tailer import __version__, cli
+from billing_tailer import __version__
 from billing_tailer.ledger import migrations
-from tests.support.daemon import Daemon, clean_environment
+from tests.support.daemon import Daemon
 from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import count, outcomes, rows
-from tests.support.verbs import answer_of, run_verb
+from tests.support.verbs import Verb, answer_of, run_verb
 
 FILE_KEYS = {
     "file_id",
@@ -36,36 +34,6 @@ FILE_KEYS = {
 POISON = b"\x1b[31mnot json\xff\n"
 
 
-class Verb:
-    """Runs verbs in this process: `main()` with an environment and arguments."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-        self.stderr = ""
-        for name in {*os.environ} - {*clean_environment({})}:
-            monkeypatch.delenv(name)
-
-    def environment(self, **variables: str) -> None:
-        for name, value in variables.items():
-            self._monkeypatch.setenv(f"BILLING_TAILER_{name}", value)
-
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """What it printed; with code 0 or 1 it must not complain, with another it must."""
-        self._monkeypatch.setattr(sys, "argv", ["billing-tailer", *arguments])
-        self._capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = self._capsys.readouterr()
-        self.stderr = printed.err
-        assert ended.value.code == code, f"{printed.out}\n{printed.err}"
-        assert bool(printed.err) == (code >= 2), printed.err
-        return printed.out
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        return json.loads(self(*arguments, "--json", code=code))
-
-
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
     """The log file of a volume of its own, not written yet."""
@@ -78,7 +46,7 @@ def log(tmp_path: Path) -> Path:
 def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
     """Verbs on the test's database and volume."""
     verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn)
+    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
     return verb
 
 
@@ -173,6 +141,9 @@ STATUS_OF_NOTHING = {
     "dead_letters_open": 0,
     "gaps": 0,
     "gap_bytes": 0,
+    "pending_calls": 0,
+    "receipts": 0,
+    "exceptions_open": {},
 }
 
 
@@ -195,6 +166,7 @@ def test_status(verb: Verb, dsn: str, log: Path) -> None:
             "lag_bytes": len(line(10)),
             "files": 1,
             "facts": 10,
+            "pending_calls": 10,
         }
     assert verb.json("status")["active"] is False
     log.parent.rename(log.parent.parent / "unmounted")
@@ -343,7 +315,7 @@ def test_no_such_dead_letter(verb: Verb, number: str) -> None:
 
 
 def failing(findings: list[dict[str, Any]]) -> dict[str, str]:
-    assert all(set(finding) == {"ok", "topic", "message", "hint"} for finding in findings)
+    assert all(set(finding) == {"ok", "topic", "message", "hint", "warning"} for finding in findings)
     assert all(finding["hint"] for finding in findings if not finding["ok"])
     return {finding["topic"]: finding["message"] for finding in findings if not finding["ok"]}
 
@@ -352,7 +324,7 @@ def test_check(verb: Verb, log: Path) -> None:
     log.write_bytes(RECORDED.read_bytes() + b'{"half')
     assert failing(verb.json("check")) == {}
     printed = verb("check")
-    assert all(text.startswith("ok   ") for text in printed.splitlines())
+    assert all(text.startswith(("ok   ", "warn spend logs", "     -> ")) for text in printed.splitlines())
     assert "the last 122 lines are understood" in printed
 
 
@@ -435,6 +407,7 @@ def test_verbs_with_the_embedded_postgres(log: Path, open_dir: Path, tmp_path: P
     environment = {
         "BILLING_TAILER_AUDIT_GLOBS": f"{log.parent}/audit*.jsonl*",
         "BILLING_TAILER_DATA_DIR": str(open_dir / "data"),
+        "BILLING_TAILER_CALLBACK_TOKEN": "t" * 32,
     }
     assert answer_of(run_verb(environment, "status", "--json")) == STATUS_OF_NOTHING
     log.write_bytes(lines(0, 10))

@@ -22,15 +22,26 @@ from psycopg.conninfo import make_conninfo
 from billing_tailer.ledger import migrations, probe
 from billing_tailer.resets import newest_at, plan_reset
 from billing_tailer.settings import LIBPQ_NAMES, PREFIX, TEST_PREFIX, OffsetReset, describe
+from billing_tailer.settle import Rules
 from tests import docs_tables
 from tests.docs_tables import FILES, PACKAGE, ROOT, trees
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import outcomes, rows
+from tests.support.spendlines import payload, spool_line
 
 FUNCTION_LINES_MAX = 69
 DOCUMENTS = [*FILES, "CHANGELOG.md"]
 SUFFIXES = "py|md|sql|toml|conf|template"
+LITELLMS = frozenset(
+    {
+        "GENERIC_LOGGER_ENDPOINT",
+        "GENERIC_LOGGER_HEADERS",
+        "DEFAULT_FLUSH_INTERVAL_SECONDS",
+        "DEFAULT_BATCH_SIZE",
+    }
+)
+"""LiteLLM's own variables that the documents name."""
 OURS = ("billing_tailer", "deploy", "docs", "tests")
 """Directories whose files may be named in documents and docstrings."""
 
@@ -217,7 +228,7 @@ def test_make_targets_that_are_named_exist() -> None:
 def test_variables_that_are_named_exist() -> None:
     """With or without the prefix: `BILLING_TAILER_OFFSET_RESET`, `OFFSET_RESET`."""
     known = {variable.name for variable in describe()}
-    known |= {f"{name}_FILE" for name in known} | set(LIBPQ_NAMES)
+    known |= {f"{name}_FILE" for name in known} | set(LIBPQ_NAMES) | LITELLMS
     wrong = {
         word
         for name in DOCUMENTS
@@ -293,20 +304,34 @@ def test_queries_run(dsn: str) -> None:
 
 
 def test_the_grants_are_enough(dsn: str, tmp_path: Path) -> None:
-    """A role with the grants of docs/operating.md follows a log, with everything that can happen, and moves an offset;
-    nothing in them is for nothing but SELECT."""
+    """A role with the grants of docs/operating.md follows a log, with everything that can happen, moves an offset,
+    settles a call, corrects it, and opens and closes an exception; it cannot change what was charged."""
     (grants,) = (block for block in sql_blocks("docs/operating.md") if block.startswith("grant"))
     role = f"docs_{secrets.token_hex(6)}"
     with psycopg.connect(dsn, autocommit=True) as owner:
         owner.execute(f"create role {role}".encode())
         try:
             owner.execute(re.sub(r"\btailer\b", role, grants).encode())
-            _follow_and_reset(make_conninfo(dsn, options=f"-c role={role}"), tmp_path / "audit.jsonl")
+            as_role = make_conninfo(dsn, options=f"-c role={role}")
+            _follow_and_reset(as_role, tmp_path / "audit.jsonl")
+            _settle_and_correct(as_role, tmp_path)
+            _change_nothing(as_role)
         finally:
             owner.execute(f"drop owned by {role}".encode())
             owner.execute(f"drop role {role}".encode())
-    assert outcomes(dsn) == {"replayed": 12, "dead_letter": 1}
+    assert outcomes(dsn) == {"replayed": 12, "dead_letter": 1, "spend_record": 4}
     assert [row["reason"] for row in rows(dsn, "select reason from log_gaps")] == ["truncated"]
+    charged = "select source_reference as id, charged_credits as credits, model from charge_receipts "
+    assert rows(dsn, charged + "join llm_charge_details using (source_system, source_reference) order by 1") == [
+        {"id": "call-00000002", "credits": 2250, "model": "up-gpt-4o-mini"},
+        {"id": "call-00000003", "credits": 0, "model": "up-gpt-4o-mini"},
+    ]
+    assert rows(dsn, "select delta_credits, reason from charge_adjustments") == [
+        {"delta_credits": 1000, "reason": "late_record"}
+    ]
+    assert rows(dsn, "select kind, closed_by from call_exceptions") == [
+        {"kind": "held_zero_cost", "closed_by": "settler"}
+    ]
 
 
 def _follow_and_reset(dsn: str, log: Path) -> None:
@@ -323,6 +348,29 @@ def _follow_and_reset(dsn: str, log: Path) -> None:
         rig.turn()
         log.write_bytes(b"")
         rig.turn()
+
+
+def _settle_and_correct(dsn: str, volume: Path) -> None:
+    """Call 2 costs 2250 credits, by a late attempt 1000 more; call 3 is held until its model is known to be free."""
+    spool = volume / f"callbacks-{'0' * 32}-000000.jsonl"
+    spool.write_bytes(spool_line(payload(2)) + spool_line(payload(3, 0.0)))
+    with following(dsn, volume):
+        pass
+    with spool.open("ab") as more:
+        more.write(spool_line(payload(2, 0.0001, attempt=1)) + spool_line(payload(3, 0.0, attempt=1)))
+    with following(dsn, volume, rules=Rules(free_models=("up-*",))):
+        pass
+
+
+def _change_nothing(dsn: str) -> None:
+    """Receipts are append-only, and so is what they follow from."""
+    append_only = ("charge_receipts", "llm_charge_details", "charge_adjustments", "spend_records", "usage_facts")
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        for table in append_only:
+            for statement in (f"delete from billing.{table}", f"update billing.{table} set created_at = now()"):
+                column = {"spend_records": "received_at", "usage_facts": "committed_at"}.get(table, "created_at")
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement.replace("created_at", column).encode())
 
 
 # --- the code -----------------------------------------------------------------------------------------------------

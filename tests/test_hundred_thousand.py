@@ -33,7 +33,7 @@ def _events(dice: random.Random) -> list[dict[str, Any]]:
     events = []
     for number in range(CALLS):
         cost = dice.randrange(1, 4000) * 0.00000015 + dice.randrange(1, 900) * 0.0000006
-        times = {"startTime": 1795307911.6 + number / 1000, "endTime": 1795307912 + number / 1000}
+        times: dict[str, Any] = {"startTime": 1795307911.6 + number / 1000, "endTime": 1795307912 + number / 1000}
         events.append(payload(number, cost, **times))
         if number % 50 == 0:
             events.append(failure(number, 0.0000081, attempt=1, **times))

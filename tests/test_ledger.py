@@ -70,7 +70,7 @@ def test_a_plan_is_one_transaction(ledger: Ledger, start: Position, dsn: str, nu
 @pytest.mark.parametrize("number", [1, 500])
 def test_a_failed_compare_and_set_leaves_nothing(ledger: Ledger, start: Position, dsn: str, number: int) -> None:
     ledger.commit(plan_of(start, line(0)))
-    with pytest.raises(PositionMoved, match="tail_batches|0 of 1"):
+    with pytest.raises(PositionMoved, match=r"tail_batches|0 of 1"):
         ledger.commit(plan_of(start, lines(1, number) + b"poison\n"))
     assert (count(dsn, "usage_facts"), count(dsn, "dead_letters"), count(dsn, "tail_batches")) == (1, 0, 1)
     assert ledger.positions()[0].committed_offset == len(line(0))

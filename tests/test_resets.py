@@ -176,7 +176,9 @@ def test_an_id_is_for_one_reset(dsn: str, log: Path) -> None:
         apply(rig, f"{log}=beginning")
         apply(rig, f"{log}=beginning")
         assert count(dsn, "offset_resets") == 1
-        with pytest.raises(ConfigError, match=r"OFFSET_RESET_ID=one was used for .*=beginning' of source default, not for .*=end' of"):
+        with pytest.raises(
+            ConfigError, match=r"OFFSET_RESET_ID=one was used for .*=beginning' of source default, not for .*=end' of"
+        ):
             ordered(rig, f"{log}=end").apply()
     assert outcomes(dsn) == {"replayed": 10}
 

@@ -727,6 +727,30 @@ def test_a_held_record_that_a_person_waves_through_counts_as_it_stands() -> None
     assert (world.credits, world.open) == (6000, [])
 
 
+def test_what_the_program_closed_it_may_open_again() -> None:
+    world = World()
+    world.decide(record("a", "0.0005"))
+    world.decide(row("x", "0"))
+    world.rules = Rules(free_models=("gpt",))
+    world.decide()
+    assert world.open == []
+    world.rules = RULES
+    world.decide()
+    assert world.open == ["held_zero_cost"]
+
+
+def test_another_unpriced_attempt_is_news_even_where_the_billed_records_are_the_same() -> None:
+    world = World()
+    world.decide(record("a", "0.0001"))
+    world.decide(row("x", "0.0003"))
+    world.adjust(-3000, "0")
+    world.decide(row("y", "0.0001"))
+    world.close(K.COST_MISMATCH)
+    assert world.decide().is_empty
+    world.decide(record("b", "0"))
+    assert world.open == ["cost_mismatch"]
+
+
 def test_closing_the_exception_of_a_held_call_gives_no_receipt() -> None:
     world = World()
     world.decide(record("a", "0"))
@@ -1002,7 +1026,7 @@ def test_the_same_adjustment_by_hand_has_the_same_key() -> None:
     state = CallState(FACT, (record("b"), record("a")))
     other = CallState(FACT, (record("a"), record("b")))
     one = adjust(state, 5, Decimal("0.1"), "why", "ann")
-    assert adjust(other, 5, Decimal("0.1"), "why", "bob").evidence_hash == one.evidence_hash
+    assert adjust(other, 5, Decimal("0.10"), "why", "bob").evidence_hash == one.evidence_hash
     for changed in (
         adjust(state, 6, Decimal("0.1"), "why", "ann"),
         adjust(state, 5, Decimal("0.2"), "why", "ann"),

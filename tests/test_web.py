@@ -19,8 +19,15 @@ from billing_tailer.model import FileState, Position
 from billing_tailer.web import HttpServer
 
 BASE_UNITS = ("_seconds", "_bytes", "_info", "_total")
-UNITLESS = {"billing_tailer_files", "billing_tailer_active", "billing_tailer_dead_letters_open"}
-LABELS_ALLOWED = {"file", "outcome", "reason", "source", "state", "version", "le"}
+UNITLESS = {
+    "billing_tailer_files",
+    "billing_tailer_active",
+    "billing_tailer_dead_letters_open",
+    "billing_tailer_pending_calls",
+    "billing_tailer_call_exceptions_open",
+    "billing_tailer_spool_alarm",
+}
+LABELS_ALLOWED = {"file", "outcome", "reason", "source", "state", "version", "le", "kind", "code"}
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Postgres: the only room that knows SQL and psycopg."""
 
 from billing_tailer.ledger.connection import migrate, reason_of
-from billing_tailer.ledger.reports import Reports, probe, reports
+from billing_tailer.ledger.operator import Operator, Told, operator
+from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
 from billing_tailer.ledger.resets import Reset
+from billing_tailer.ledger.runs import Reads, RunStatus
 from billing_tailer.ledger.settlement import Waiting, Window
 from billing_tailer.ledger.sqlfile import migrations
 from billing_tailer.ledger.writer import Changes, Committed, Ledger, LedgerState, NewFile
@@ -13,12 +15,18 @@ __all__ = [
     "Ledger",
     "LedgerState",
     "NewFile",
+    "Operator",
+    "Reads",
     "Reports",
     "Reset",
+    "RunStatus",
+    "Told",
     "Waiting",
     "Window",
     "migrate",
     "migrations",
+    "models_seen",
+    "operator",
     "probe",
     "reason_of",
     "reports",

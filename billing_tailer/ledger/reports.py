@@ -35,6 +35,11 @@ class Reports:
         """Counts of facts, conflicts, open dead letters, gaps and known gap bytes."""
         return dict(self._rows("totals")[0])
 
+    def settlement(self) -> dict[str, Any]:
+        """Pending calls and receipts of the source, and its open exceptions by kind."""
+        kinds = {row["kind"]: row["n"] for row in self._rows("settlement_exceptions")}
+        return {**self._rows("settlement_totals")[0], "exceptions_open": kinds}
+
     def dead_letters(self, *, include_resolved: bool, limit: int) -> list[dict[str, Any]]:
         """The newest dead letters first, without their bytes."""
         return self._rows("dead_letters", all=include_resolved, limit=limit)
@@ -78,3 +83,10 @@ def probe(dsn: str, schema: str) -> dict[str, Any]:
             facts = cursor.execute(query("probe"), {"schema": schema}).fetchone()
         assert facts is not None
         return {**facts, "schema_version": schema_version(connection)}
+
+
+def models_seen(dsn: str, schema: str) -> set[str]:
+    """Every model group and model that a spend record has named."""
+    with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
+        found = connection.execute(query("models_seen")).fetchall()
+    return {name for row in found for name in row if name is not None}

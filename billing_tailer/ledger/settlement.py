@@ -1,10 +1,11 @@
 """Settlement's side of Postgres: what is committed about calls, and the decisions, in one transaction.
 
 Runs in the session that holds the source's lock, after the commit that brought the line or the record, so that it reads
-committed rows and nobody else decides beside it.
+committed rows; an operator's verbs decide beside it, one after the other (`deciding`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from billing_tailer.ledger.connection import Connection, query, wrapped
+from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
 from billing_tailer.ledger.records import record_of
 from billing_tailer.model import (
     Adjustment,
@@ -55,13 +56,41 @@ class Window:
     stragglers: tuple[str, ...]
 
 
-def due(connection: Connection, limit: int, deadline_seconds: int) -> list[str]:
+def due(connection: Connection, source_id: str, limit: int, deadline_seconds: int) -> list[str]:
     """Calls to look at: those about which records have come, and those whose waiting time may be over."""
     with wrapped():
         return [
             row[0]
-            for row in connection.execute(query("due_calls"), {"limit": limit, "deadline": deadline_seconds}).fetchall()
+            for row in connection.execute(
+                query("due_calls"), {"source_id": source_id, "limit": limit, "deadline": deadline_seconds}
+            ).fetchall()
         ]
+
+
+@contextmanager
+def deciding(connection: Connection, schema: str) -> Iterator[None]:
+    """One transaction from what is known to what is decided of it. The settlers of all sources and the operators' verbs
+    take turns, so that nobody decides a call on what another is about to change
+    (tests/test_money_cli.py::test_a_release_races).
+    """
+    with wrapped(), connection.transaction():
+        connection.execute(query("deciding"), {"key": lock_key("decide", schema)})
+        yield
+
+
+def take(connection: Connection, call_ids: Collection[str]) -> None:
+    """Take calls off the list of touched ones, before they are loaded: a record that comes afterwards puts them back.
+
+    Within `deciding`.
+    """
+    with wrapped():
+        connection.execute(query("forget_touched"), {"call_ids": list(call_ids)})
+
+
+def doubtful(connection: Connection) -> list[str]:
+    """Calls with an exception that other settings may decide: FREE_MODELS, COST_MAX_USD, CORRECTIONS, the account."""
+    with wrapped():
+        return [row[0] for row in connection.execute(query("doubtful_calls")).fetchall()]
 
 
 def load(
@@ -137,14 +166,16 @@ def _exception(row: Mapping[str, Any]) -> CallException:
     )
 
 
-def write(connection: Connection, decisions: Mapping[str, Decision], looked_at: Collection[str]) -> None:
-    """Commit decisions by call id, and take what was looked at off the work lists. One transaction."""
+def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
+    """Commit decisions by call id, and take what is done off the list of unsettled facts. Within `deciding`."""
     receipts = [d.receipt for d in decisions.values() if d.receipt is not None]
     details = [d.details for d in decisions.values() if d.details is not None]
     adjustments = [d.adjustment for d in decisions.values() if d.adjustment is not None]
     opened = [one for d in decisions.values() for one in d.opened]
     closed = [one for d in decisions.values() for one in d.closed]
     done = [call_id for call_id, decision in decisions.items() if decision.standing in SETTLED]
+    # a late record can hold a call that was not to be charged: it waits again
+    reopened = [key for key, one in decisions.items() if one.standing not in SETTLED and not one.is_empty]
     with wrapped(), connection.transaction(), connection.pipeline(), connection.cursor() as cursor:
         for name, rows in (
             ("insert_receipt", [_receipt_row(receipt) for receipt in receipts]),
@@ -156,7 +187,8 @@ def write(connection: Connection, decisions: Mapping[str, Decision], looked_at: 
             if rows:
                 cursor.executemany(query(name), rows)
         cursor.execute(query("forget_unsettled"), {"call_ids": done})
-        cursor.execute(query("forget_touched"), {"call_ids": list(looked_at)})
+        if reopened:
+            cursor.execute(query("unsettle_calls"), {"call_ids": reopened})
 
 
 def _receipt_row(receipt: Receipt) -> dict[str, Any]:
@@ -179,9 +211,11 @@ def _exception_row(one: CallException) -> dict[str, Any]:
     }
 
 
-def window(connection: Connection, *, started_after: datetime | None, straggler_limit: int) -> Window | None:
+def window(
+    connection: Connection, source_id: str, *, started_after: datetime | None, straggler_limit: int
+) -> Window | None:
     """What to ask the spend logs for next, an hour of starts at most, from `started_after` on; None: nothing waits."""
-    words = {"started_after": started_after, "limit": straggler_limit}
+    words = {"source_id": source_id, "started_after": started_after, "limit": straggler_limit}
     with wrapped(), connection.cursor(row_factory=dict_row) as cursor:
         row = cursor.execute(query("poll_window"), words).fetchone()
         if row is None or row["started_from"] is None:

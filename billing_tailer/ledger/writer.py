@@ -427,13 +427,21 @@ class Ledger:
 
     def due_calls(self, limit: int, deadline_seconds: int) -> list[str]:
         """Calls that settlement should look at."""
-        return settlement.due(self._session, limit, deadline_seconds)
+        return settlement.due(self._session, self.source_id, limit, deadline_seconds)
 
     def with_records(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls about which there is a spend record."""
         with wrapped():
             rows = self._session.execute(query("with_records"), {"call_ids": list(call_ids)}).fetchall()
         return [row[0] for row in rows]
+
+    def deciding(self) -> contextlib.AbstractContextManager[None]:
+        """The transaction in which calls are loaded, decided and written."""
+        return settlement.deciding(self._session, self._schema)
+
+    def doubtful_calls(self) -> list[str]:
+        """Calls with an exception that other settings may decide."""
+        return settlement.doubtful(self._session)
 
     def load_calls(
         self,
@@ -448,14 +456,20 @@ class Ledger:
             self._session, call_ids, deadline_seconds=deadline_seconds, quiet_seconds=quiet_seconds, is_over=is_over
         )
 
-    def write_decisions(self, decisions: Mapping[str, Decision], looked_at: Collection[str]) -> None:
-        """Commit what was decided, and take what was looked at off the work lists."""
-        settlement.write(self._session, decisions, looked_at)
+    def take_calls(self, call_ids: Collection[str]) -> None:
+        """Take calls off the list of touched ones, before they are loaded."""
+        settlement.take(self._session, call_ids)
+
+    def write_decisions(self, decisions: Mapping[str, Decision]) -> None:
+        """Write what was decided."""
+        settlement.write(self._session, decisions)
         self._last_proof = time.monotonic()
 
     def poll_window(self, started_after: datetime | None, straggler_limit: int) -> settlement.Window | None:
         """What to ask LiteLLM's spend logs for next."""
-        return settlement.window(self._session, started_after=started_after, straggler_limit=straggler_limit)
+        return settlement.window(
+            self._session, self.source_id, started_after=started_after, straggler_limit=straggler_limit
+        )
 
     def settle_counts(self) -> dict[str, Any]:
         """Pending calls, the oldest of them, open exceptions by kind."""

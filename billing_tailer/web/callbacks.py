@@ -301,12 +301,15 @@ def _after(pattern: re.Pattern[bytes], chunk: bytes, position: int, end: int) ->
 
 
 def _take_apart(body: bytes, *, by_line: bool) -> Iterator[Element | None]:
-    """The elements of a body that is at hand; None is a pause. If its brackets do not add up, the newlines tell its
-    lines, so that a torn first one costs no other."""
+    """The elements of a body that is at hand; None is a pause. Where lines may be meant, brackets or newlines decide
+    what an element is, whichever gives more: a torn first line must not take the others with it."""
     if not by_line and b"\n" in body.strip() and body.lstrip()[:1] != b"[":
-        for element in _all_elements(body, by_line=False):
-            by_line = element.reason is DeadLetterReason.UNTERMINATED  # of the last one
-            yield None
+        objects = [0, 0]
+        for way in (False, True):
+            for element in _all_elements(body, by_line=way):
+                objects[way] += element.reason is None and _is_object(element.data)
+                yield None
+        by_line = objects[True] > objects[False]
     yield from _all_elements(body, by_line=by_line)
 
 
@@ -321,11 +324,11 @@ def _all_elements(body: bytes, *, by_line: bool) -> Iterator[Element]:
 
 @dataclass(slots=True)
 class _Intake:
-    """What became of one body. lines: not yet given to the spool. parsed: something in it was JSON."""
+    """What became of one body. lines: not yet given to the spool; one piece, since what orjson returns holds 8 KiB
+    however short it is. parsed: something in the body was JSON."""
 
     slim: Slim
-    lines: list[bytes] = field(default_factory=list)
-    lines_bytes: int = 0
+    lines: bytearray = field(default_factory=bytearray)
     accepted: int = 0
     rejected: int = 0
     parsed: bool = False
@@ -333,20 +336,20 @@ class _Intake:
     def whole(self, body: bytes, *, by_line: bool) -> Iterator[None]:
         """Take a body at once if nothing is wrong with it, else element by element. Goes on at every step."""
         payloads = _payloads(body)
-        lines: list[bytes] = []
+        lines = bytearray()
         for payload in payloads or ():
             line = self._line(payload)
             if line is None:
+                payloads = None
                 break
-            lines.append(line)
+            lines += line
             yield
-        if payloads is None or len(lines) < len(payloads):
+        if payloads is None:
             yield from self.each(_take_apart(body, by_line=by_line))
             return
         self.parsed = True
-        self.accepted += len(lines)
-        for line in lines:
-            self._put(line)
+        self.accepted += len(payloads)
+        self.lines += lines
 
     def each(self, elements: Iterator[Element | None]) -> Iterator[None]:
         """Take elements, one at every step."""
@@ -373,7 +376,7 @@ class _Intake:
         line = self._line(value) if isinstance(value, dict) else None
         if line is not None:
             self.accepted += 1
-            self._put(line)
+            self.lines += line
         elif isinstance(value, dict):
             self._reject(element, DeadLetterReason.BAD_VALUE, "its fields cannot be stored")
         else:
@@ -391,18 +394,7 @@ class _Intake:
         self.rejected += 1
         rejected = {"reason": reason, "detail": detail, "sha256": element.sha256, "bytes": element.size}
         stored = {"received_at": time.time(), "rejected": rejected}
-        self._put(orjson.dumps(stored, option=orjson.OPT_APPEND_NEWLINE))
-
-    def _put(self, line: bytes) -> None:
-        self.lines.append(line)
-        self.lines_bytes += len(line)
-
-    def taken(self) -> bytes:
-        """The lines, which are from now on the caller's."""
-        data = b"".join(self.lines)
-        self.lines.clear()
-        self.lines_bytes = 0
-        return data
+        self.lines += orjson.dumps(stored, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _payloads(body: bytes) -> list[dict[str, Any]] | None:
@@ -422,6 +414,13 @@ def _parsed(data: bytes) -> object:
     except orjson.JSONDecodeError:
         # Python writes NaN, and halves of surrogate pairs where an answer was cut; they mostly stand where nobody looks
         return json.loads(data.decode(errors="replace").removeprefix("\ufeff"))
+
+
+def _is_object(data: bytes) -> bool:
+    try:
+        return isinstance(_parsed(data), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 # --- the endpoint
@@ -529,19 +528,21 @@ class _Callbacks:
             await self._work(intake, intake.each(elements.feed(data[start : start + PIECE_BYTES])))
 
     async def _work(self, intake: _Intake, steps: Iterator[None]) -> None:
-        """Go through all steps, in slices: one per turn of the event loop, of whatever body."""
-        done = False
-        while not done:
-            async with self._turn:
+        """Go through all steps, in slices: one per turn of the event loop, of one body at a time."""
+        async with self._turn:
+            done = False
+            while not done:
                 done = _slice(steps)
                 await asyncio.sleep(0)
-            if intake.lines_bytes >= FLUSH_BYTES:
-                await self._flush(intake)
+                if len(intake.lines) >= FLUSH_BYTES:
+                    await self._flush(intake)
 
     async def _flush(self, intake: _Intake) -> None:
         """Returns when everything taken so far is on disk. Raises SpoolError."""
         if intake.lines:
-            await asyncio.wrap_future(self._spool.append(intake.taken()))
+            data = bytes(intake.lines)
+            intake.lines.clear()
+            await asyncio.wrap_future(self._spool.append(data))
 
     def hold(self, change: int) -> bool:
         """Count bytes that are held for a while; False where there are too many."""

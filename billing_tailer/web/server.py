@@ -16,7 +16,7 @@ from billing_tailer.events import Events
 from billing_tailer.health import Health
 
 STOP_SECONDS_MAX = 2.0
-LISTEN_BACKLOG = 128
+LISTEN_BACKLOG = 1024
 
 
 class HttpServer:
@@ -57,6 +57,7 @@ class HttpServer:
             timeout_graceful_shutdown=1,
             limit_concurrency=1000,
             server_header=False,
+            forwarded_allow_ips="127.0.0.1",  # and nobody from the environment: being local may stand for a token
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

@@ -74,7 +74,16 @@ def following(
 
     rules = changes.get("rules", Rules())
     timing = Timing(changes.get("deadline_seconds", 900), changes.get("quiet_seconds", 10))
-    settler = Settler(ledger, rules, timing, events, health, poller=None, spool_is_behind=follower.spool_is_behind)
+    settler = Settler(
+        ledger,
+        rules,
+        timing,
+        events,
+        health,
+        poller=None,
+        spool_is_behind=follower.spool_is_behind,
+        notify=changes.get("notify", lambda _: None),
+    )
     tailer = Tailer(
         files=files,
         ledger=ledger,

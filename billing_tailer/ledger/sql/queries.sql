@@ -195,6 +195,9 @@ select current_setting('server_version') as server_version, current_user::text a
                               when 'tail_batches' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
                               when 'log_gaps' then array['SELECT', 'INSERT', 'DELETE']
                               when 'dead_letters' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'call_exceptions' then array['SELECT', 'INSERT', 'UPDATE']
+                              when 'unsettled_facts' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'touched_calls' then array['SELECT', 'INSERT', 'DELETE']
                               else array['SELECT', 'INSERT'] end) privilege
         where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
           and not has_table_privilege(t.oid, privilege)) as missing_grants
@@ -204,6 +207,7 @@ select current_setting('server_version') as server_version, current_user::text a
 (select call_id from touched_calls order by call_id limit %(limit)s)
 union
 (select u.call_id from unsettled_facts u
+ join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
  where not exists (select from call_exceptions e
                    where e.call_id = u.call_id and e.closed_at is null
                      and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
@@ -269,6 +273,16 @@ insert into call_exceptions (call_id, kind, seq, detail) values (%(call_id)s, %(
 update call_exceptions set closed_at = now(), closed_by = %(closed_by)s, reason = %(reason)s, detail = %(detail)s
 where call_id = %(call_id)s and kind = %(kind)s and seq = %(seq)s and closed_at is null
 
+-- name: unsettle_calls
+insert into unsettled_facts (call_id, started_at)
+select call_id, occurred_at - make_interval(secs => coalesce(request_seconds, 0)::float8)
+from usage_facts where call_id = any(%(call_ids)s)
+on conflict do nothing
+
+-- name: doubtful_calls
+select distinct call_id from call_exceptions
+where closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'cost_mismatch')
+
 -- name: forget_unsettled
 delete from unsettled_facts where call_id = any(%(call_ids)s)
 
@@ -278,6 +292,7 @@ delete from touched_calls where call_id = any(%(call_ids)s)
 -- name: poll_window
 with waiting as (
     select u.call_id, u.started_at from unsettled_facts u
+    join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
     where (%(started_after)s::timestamptz is null or u.started_at > %(started_after)s)
       and not exists (select from call_exceptions e where e.call_id = u.call_id and e.closed_at is null
                         and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
@@ -290,6 +305,7 @@ where w.started_at <= first.at + interval '1 hour'
 -- name: stragglers
 -- Waiting for long, or given up: asked for by name, a few at a time, in turn.
 select u.call_id from unsettled_facts u
+join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
 where u.committed_at < now() - interval '30 seconds'
   and not exists (select from spend_records s where s.call_id = u.call_id)
 order by random() limit %(limit)s
@@ -300,3 +316,215 @@ select (select count(*) from unsettled_facts) as pending,
 
 -- name: open_exceptions
 select kind, count(*) as n from call_exceptions where closed_at is null group by kind
+
+-- name: read_only_session
+select set_config('default_transaction_read_only', 'on', false), set_config('statement_timeout', %(timeout)s, false)
+
+-- name: call_standings
+-- Part of the next two, over the rows of `calls`. What a person closed as not charged stays so. Each look goes by a
+-- table's key, whatever the planner believes of a run's size.
+select c.call_id, c.occurred_at, c.status, r.source_reference is not null as charged,
+       r.source_reference is not null or (coalesce(e.not_charged, false) and not coalesce(e.stopped, false)) as settled,
+       e.kinds, coalesce(r.charged_credits, 0) + coalesce(a.credits, 0) as charged_credits,
+       coalesce(r.provider_cost_usd, 0) + coalesce(a.cost_usd, 0) as provider_cost_usd,
+       coalesce(r.user_cost_usd, 0) + coalesce(a.cost_usd * r.markup_factor, 0) as user_cost_usd
+from calls c
+left join lateral (select source_reference, charged_credits, provider_cost_usd, user_cost_usd, markup_factor
+                   from charge_receipts
+                   where source_system = 'litellm' and source_reference = c.call_id limit 1) r on true
+left join lateral (select sum(delta_credits)::bigint as credits, sum(delta_cost_usd) as cost_usd
+                   from charge_adjustments where source_reference = c.call_id) a on true
+left join lateral (select bool_or(kind = 'not_charged' and (closed_at is null or closed_by <> 'settler')) as not_charged,
+                          bool_or(closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
+                                                                 'overdue', 'conflict')) as stopped,
+                          array_agg(kind order by kind) filter (where closed_at is null) as kinds
+                   from call_exceptions where call_id = c.call_id) e on true
+
+-- name: run_status
+-- One statement, so that the sums, the exceptions and as_of are of one moment.
+with calls as materialized (
+    select call_id, occurred_at, status from usage_facts where run_id = %(run_id)s
+), standings as materialized ({standings}
+), sums as (
+    select count(*) as calls, count(*) filter (where settled) as settled,
+           coalesce(sum(charged_credits), 0)::bigint as charged_credits,
+           coalesce(sum(provider_cost_usd), 0) as provider_cost_usd, coalesce(sum(user_cost_usd), 0) as user_cost_usd,
+           coalesce(array_agg(call_id) filter (where settled and call_id = any(%(named)s)), array[]::text[])
+               as settled_named
+    from standings
+), exceptions as (
+    select e.call_id, e.kind, e.opened_at
+    from (select call_id from standings where kinds is not null) s
+    join lateral (select call_id, kind, opened_at from call_exceptions
+                  where call_id = s.call_id and closed_at is null
+                    and kind not in ('model_mismatch', 'call_id_not_forwarded') offset 0) e on true
+    order by e.opened_at, e.call_id, e.kind limit %(exceptions_max)s
+), files as (
+    select path, committed_offset from tail_files where source_id = %(source_id)s and state <> 'final'
+    order by last_commit_at desc nulls last, file_id desc limit %(files_max)s
+)
+select sums.*, statement_timestamp() as time,
+       (select coalesce(jsonb_agg(to_jsonb(exceptions)), '[]') from exceptions) as exceptions,
+       (select coalesce(jsonb_agg(to_jsonb(files) order by path), '[]') from files) as files
+from sums
+
+-- name: run_calls
+with calls as materialized (
+    select call_id, occurred_at, status from usage_facts
+    where run_id = %(run_id)s and call_id > %(after)s order by call_id limit %(limit)s
+), standings as materialized ({standings}
+)
+select s.call_id, s.occurred_at, s.status as http_status, s.charged, s.settled, s.kinds, s.charged_credits,
+       s.provider_cost_usd, s.user_cost_usd, d.model, d.tokens_in, d.tokens_out, d.cache_hit
+from standings s
+left join llm_charge_details d on d.source_system = 'litellm' and d.source_reference = s.call_id
+order by s.call_id
+
+-- name: call_fact
+select * from usage_facts where call_id = %(call_id)s
+
+-- name: call_details
+select * from llm_charge_details where source_system = 'litellm' and source_reference = %(call_id)s
+
+-- name: call_conflicts
+select * from call_conflicts where call_id = %(call_id)s order by file_id, start_offset limit %(limit)s
+
+-- name: call_records
+select * from spend_records where call_id = %(call_id)s order by source, record_id limit %(limit)s
+
+-- name: call_files
+select file_id, source_id, path, generation, device, inode, head, state, committed_offset
+from tail_files where file_id = any(%(file_ids)s)
+
+-- name: deciding
+-- Taken by a settler for a batch, and by an operator's verb.
+select pg_advisory_xact_lock(%(key)s)
+
+-- name: settlement_totals
+-- All receipts are this source's where there is no other one: a join of all of them is slow.
+with source as (select file_id from tail_files where source_id = %(source_id)s)
+select (select count(*) from unsettled_facts join usage_facts using (call_id) join source using (file_id)) as pending_calls,
+       case when not exists (select from source) then 0
+            when not exists (select from tail_files where source_id <> %(source_id)s)
+            then (select count(*) from charge_receipts)
+            else (select count(*) from charge_receipts r join usage_facts f on f.call_id = r.source_reference
+                  join source using (file_id)) end as receipts
+
+-- name: settlement_exceptions
+select e.kind, count(*) as n
+from call_exceptions e join usage_facts using (call_id) join tail_files using (file_id)
+where e.closed_at is null and source_id = %(source_id)s
+group by e.kind order by e.kind
+
+-- name: explain_fact
+select f.*, t.path as file_path, t.source_id
+from usage_facts f left join tail_files t using (file_id) where f.call_id = %(call_id)s
+
+-- name: explain_records
+select s.*, t.path as file_path
+from spend_records s left join tail_files t using (file_id)
+where s.call_id = %(call_id)s order by s.source, s.started_at, s.record_id
+
+-- name: explain_receipt
+select * from charge_receipts where source_system = 'litellm' and source_reference = %(call_id)s
+
+-- name: explain_details
+select * from llm_charge_details where source_system = 'litellm' and source_reference = %(call_id)s
+
+-- name: explain_adjustments
+select * from charge_adjustments where source_reference = %(call_id)s order by created_at, evidence_hash
+
+-- name: explain_exceptions
+select * from call_exceptions where call_id = %(call_id)s order by opened_at, kind, seq
+
+-- name: explain_conflicts
+select c.*, t.path as file_path
+from call_conflicts c left join tail_files t using (file_id)
+where c.call_id = %(call_id)s order by c.file_id, c.start_offset
+
+-- name: receipts
+-- The newest are chosen before anything is joined to them.
+with newest as (
+    select * from charge_receipts
+    where (%(run_id)s::text is null or run_id = %(run_id)s)
+      and (%(account)s::text is null or billing_account_id = %(account)s)
+      and (%(since)s::timestamptz is null or created_at >= %(since)s)
+    order by created_at desc, source_reference limit %(limit)s
+)
+select n.source_reference as call_id, n.billing_account_id, n.run_id, n.attempt, n.charged_credits,
+       n.provider_cost_usd, n.user_cost_usd, n.markup_factor, n.provenance, n.spend_source, n.record_ids,
+       n.occurred_at, n.created_at, d.model, d.provider_model, d.tokens_in, d.tokens_out, d.cache_hit,
+       coalesce(a.credits, 0)::bigint as adjusted_credits, coalesce(a.cost, 0) as adjusted_cost_usd,
+       (n.charged_credits + coalesce(a.credits, 0))::bigint as total_credits
+from newest n
+left join llm_charge_details d on d.source_system = n.source_system and d.source_reference = n.source_reference
+left join (select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
+           from charge_adjustments where source_reference in (select source_reference from newest)
+           group by source_reference) a on a.source_reference = n.source_reference
+order by n.created_at desc, n.source_reference
+
+-- name: exceptions
+with newest as (
+    select * from call_exceptions
+    where (%(all)s or closed_at is null) and (%(kind)s::text is null or kind = %(kind)s)
+    order by opened_at desc, call_id, kind, seq limit %(limit)s
+)
+select n.call_id, n.kind, n.seq, n.opened_at, n.closed_at, n.closed_by, n.reason, f.run_id, f.billing_account_id,
+       f.occurred_at, n.detail
+from newest n left join usage_facts f using (call_id)
+order by n.opened_at desc, n.call_id, n.kind, n.seq
+
+-- name: reconcile_calls
+-- Where each call of a window stands. A person who closes the last exception of a call without a receipt has decided
+-- that it is not charged: `closed`.
+with kinds as (
+    select call_id, array_agg(kind) filter (where closed_at is null) as open,
+           bool_or(kind = 'not_charged' and (closed_by is null or closed_by <> 'settler')) as not_charged
+    from call_exceptions group by call_id
+), adjusted as (
+    select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
+    from charge_adjustments group by source_reference
+)
+select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8) as started_at,
+       case when r.source_reference is not null
+                 and k.open && array['cost_mismatch', 'held_zero_cost', 'held_bad_cost', 'conflict'] then 'unapplied'
+            when r.source_reference is not null then 'settled'
+            when k.open && array['held_zero_cost', 'held_bad_cost', 'conflict'] then 'held'
+            when 'unattributed' = any(k.open) then 'unattributed'
+            when 'overdue' = any(k.open) then 'overdue'
+            when k.not_charged then 'not_charged'
+            when u.call_id is not null then 'pending'
+            else 'closed' end as standing,
+       r.provider_cost_usd + coalesce(a.cost, 0) as provider_cost_usd,
+       r.charged_credits + coalesce(a.credits, 0)::bigint as credits,
+       exists (select from spend_records s where s.call_id = f.call_id) as has_records
+from usage_facts f
+left join charge_receipts r on r.source_system = 'litellm' and r.source_reference = f.call_id
+left join adjusted a on a.source_reference = f.call_id
+left join kinds k on k.call_id = f.call_id
+left join unsettled_facts u on u.call_id = f.call_id
+where f.occurred_at >= %(start)s and f.occurred_at < %(end)s
+
+-- name: reconcile_window
+with calls as ({calls})
+select count(*) as billable,
+       count(*) filter (where standing = 'settled') as settled,
+       count(*) filter (where standing = 'not_charged') as not_charged,
+       count(*) filter (where standing = 'pending') as pending,
+       count(*) filter (where standing = 'held') as held,
+       count(*) filter (where standing = 'unattributed') as unattributed,
+       count(*) filter (where standing = 'overdue') as overdue,
+       count(*) filter (where standing = 'unapplied') as unapplied,
+       count(*) filter (where standing = 'closed') as closed,
+       coalesce(sum(provider_cost_usd), 0) as provider_cost_usd,
+       coalesce(sum(credits), 0)::bigint as charged_credits
+from calls
+
+-- name: known_calls
+select call_id from usage_facts where call_id = any(%(call_ids)s)
+
+-- name: server_time
+select now()
+
+-- name: models_seen
+select distinct model_group, model from spend_records
