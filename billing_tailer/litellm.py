@@ -276,8 +276,7 @@ class SpendLogs:
                 size = self._smaller(error, rows)
                 continue
             doubtful = borders if doubtful is None else doubtful & borders
-            if not doubtful:
-                return
+            return
         times = ", ".join(map(str, sorted(doubtful or [start])[:3]))
         raise LiteLLMContract(
             f"LiteLLM has too many rows of one time for pages of {size}, some may be missing: {times}", _HINT_VERSION

@@ -120,8 +120,8 @@ EXCEPTIONS: Mapping[ExceptionKind, tuple[str, str]] = {
             "unpriced model looks the same as a free one. Not charged until somebody decides"
         ),
         (
-            "free: add the model to `FREE_MODELS` and restart, then `release` those that are held already with "
-            "cost 0. Unpriced: give it a price in LiteLLM, and `release` each call with its cost"
+            "free: add the model to `FREE_MODELS` and restart, which settles those that are held already. Unpriced: "
+            "give it a price in LiteLLM, and `release` each call with its cost"
         ),
     ),
     ExceptionKind.HELD_BAD_COST: (
