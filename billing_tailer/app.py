@@ -50,6 +50,8 @@ EXIT_SECONDS = 4.5
 """So long after SIGTERM the process ends whatever hangs: what is not committed is read again."""
 WATCH_SECONDS = 0.5
 MIGRATE_RETRY_SECONDS = 1.0
+SPOOL_RETENTION_SECONDS = 7 * 24 * 3600
+"""So long a finished spool file stays after its last byte was written, and at least until it is committed."""
 
 
 class Ending:
@@ -231,6 +233,11 @@ def _follow(
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
     at_end = settings.start_at == "end"
     follower = Follower(files, ledger, events, health, start_at_end=at_end, is_spool=is_spool)
+
+    def tidy() -> None:
+        if spool is not None:
+            follower.removed(spool.janitor(follower.is_committed, SPOOL_RETENTION_SECONDS, time.time()))
+
     with _polling(settings, ending, wake) as poller:
         tailer = Tailer(
             files=files,
@@ -253,6 +260,7 @@ def _follow(
                 spool_is_behind=follower.spool_is_behind,
                 notify=notify,
             ),
+            tidy=tidy,
         )
         _migrate(settings, dsn, follower, events, health, ending)
         wake.start()

@@ -105,6 +105,10 @@ def _check_database(settings: Settings, dsn: str) -> list[Finding]:
             f"grant them to {found['role']}",
         ),
     ]
+    if found["may_change_money"] and not settings.uses_embedded_postgres:
+        message = f"role {found['role']} may change or delete receipts, which are to be append-only"
+        hint = "give the daemon a role of its own with the grants of docs/operating.md"
+        findings.append(Finding(True, "grants", message, hint, warning=True))
     apart = abs(time.time() - found["server_time"])
     findings.append(
         Finding(
@@ -122,7 +126,8 @@ def _check_cost_sources(settings: Settings) -> list[Finding]:
     with_callbacks = settings.callback_token is not None or settings.spool_dir is not None
     if not with_callbacks and settings.litellm_url is None:
         hint = "set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY"
-        return [Finding(False, "cost source", "there is none: calls are recorded but never charged", hint)]
+        message = "there is none: calls are recorded but never charged"
+        return [Finding(True, "cost source", message, hint, warning=True)]
     if settings.callback_token is not None:
         findings = [Finding(True, "callbacks", "taken with CALLBACK_TOKEN")]
     elif with_callbacks:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from billing_tailer.events import Events
-from billing_tailer.files import LogFiles, Scan
+from billing_tailer.files import LogFiles, Scan, escape_path
 from billing_tailer.health import Health
 from billing_tailer.identity import Matching, match
 from billing_tailer.ledger import Changes, Ledger, NewFile
@@ -156,6 +156,24 @@ class Follower:
             for file_id, file in self.followed.items()
             if self._is_spool(file.path)
         )
+
+    def is_committed(self, path: bytes, size: int) -> bool:
+        """Whether every byte of a file of this size is committed."""
+        text = escape_path(path)
+        return any(p.path == text and p.committed_offset >= size for p in self.positions.values())
+
+    def removed(self, paths: Sequence[bytes]) -> None:
+        """Files that were removed because they are committed: their generations are final."""
+        gone = {escape_path(path) for path in paths}
+        ended = tuple(replace(p, state=FileState.FINAL) for p in self.positions.values() if p.path in gone)
+        if not ended:
+            return
+        self._ledger.apply(Changes(updated=ended))
+        self.moved(ended)
+        for position in ended:
+            self.followed.pop(position.file_id, None)
+            self._files.release(position.locator)
+            self._events.info("file.removed", **_described(position))
 
     def may_stand_by(self, recorded: Sequence[Position]) -> bool:
         """Whether this volume shows a file that the active tailer of our source id follows, judged by its content."""

@@ -276,7 +276,8 @@ class SpendLogs:
                 size = self._smaller(error, rows)
                 continue
             doubtful = borders if doubtful is None else doubtful & borders
-            return
+            if not doubtful:
+                return
         times = ", ".join(map(str, sorted(doubtful or [start])[:3]))
         raise LiteLLMContract(
             f"LiteLLM has too many rows of one time for pages of {size}, some may be missing: {times}", _HINT_VERSION

@@ -379,10 +379,16 @@ class Settings(BaseSettings):
         description="models that may cost 0 (globs on model group or model, separated by commas); others are held",
     )
     settle_deadline_seconds: int = Field(
-        default=900, ge=1, le=604_800, description="how long a call may wait for its spend record before it is overdue"
+        default=900,
+        ge=1,
+        le=604_800,
+        description="seconds that a call may wait for its spend record before it is overdue",
     )
     failure_quiet_seconds: int = Field(
-        default=10, ge=0, le=3600, description="silence after which a call with failed attempts only is decided"
+        default=10,
+        ge=0,
+        le=3600,
+        description="seconds of silence after which a call with failed attempts only is decided",
     )
     corrections: Literal["apply", "report"] = Field(
         default="apply", description="later differences: apply as adjustments, or only report as exceptions"

@@ -10,6 +10,7 @@ and FAIL_CLOSED with `follower`, `identity` and `files` (tests/test_tailer.py, t
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import datetime
@@ -30,6 +31,7 @@ from billing_tailer.wake import Wake
 CHECK_SECONDS = 2.0
 """How often the loop asks Postgres what operators did, and at least shows that it is alive."""
 SHOW_SECONDS = 1.0
+TIDY_SECONDS = 60.0
 
 
 class Tailer:
@@ -49,7 +51,9 @@ class Tailer:
         poll_interval_seconds: float,
         reset: OrderedReset,
         settler: Settler,
+        tidy: Callable[[], None] = lambda: None,
     ) -> None:
+        """tidy: called now and then, by the owner, to remove what is committed and old (spool files)."""
         self._files = files
         self._ledger = ledger
         self._follower = follower
@@ -61,6 +65,8 @@ class Tailer:
         self._poll_interval_seconds = poll_interval_seconds
         self._reset = reset
         self._settler = settler
+        self._tidy = tidy
+        self._next_tidy = 0.0
         self._committer = ThreadPoolExecutor(1, "commit")
         self._ahead: Batch | None = None
         self._next_show = 0.0
@@ -142,6 +148,9 @@ class Tailer:
         if batch.works:
             self._commit(batch)
         settling = self._settler.turn()
+        if time.monotonic() >= self._next_tidy:
+            self._next_tidy = time.monotonic() + TIDY_SECONDS
+            self._tidy()
         if batch.works or time.monotonic() >= self._next_show:
             self._next_show = time.monotonic() + SHOW_SECONDS
             self._follower.show(time.time(), waiting=False)

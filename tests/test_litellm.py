@@ -637,12 +637,15 @@ def test_an_answer_that_breaks_off(fake: FakeLiteLLM, url: str) -> None:
         read(logs)
 
 
-def test_an_answer_without_end_is_not_kept_in_memory(fake: FakeLiteLLM, url: str) -> None:
+@pytest.mark.parametrize(("status", "kind"), [(200, LiteLLMContract), (500, LiteLLMUnavailable)])
+def test_an_answer_without_end_is_not_kept_in_memory(
+    fake: FakeLiteLLM, url: str, status: int, kind: type[TailerError]
+) -> None:
     sent = 0
 
     def flood(handler: Handler) -> Answer:
         nonlocal sent
-        handler.send_response(200)
+        handler.send_response(status)
         handler.send_header("Content-Length", str(1 << 40))
         handler.end_headers()
         for _ in range(1000):
@@ -650,11 +653,8 @@ def test_an_answer_without_end_is_not_kept_in_memory(fake: FakeLiteLLM, url: str
             sent += 65536
         raise ConnectionAbortedError
 
-    fake.scripted = [flood]
-    with (
-        logs_at(url, page_size=1, answer_bytes_max=1 << 20) as logs,
-        pytest.raises(LiteLLMContract, match="longer than"),
-    ):
+    fake.scripted = [flood] * 4
+    with logs_at(url, page_size=1, answer_bytes_max=1 << 20) as logs, pytest.raises(kind):
         read(logs)
     assert sent < 32 << 20
 
@@ -760,7 +760,8 @@ def test_stop_ends_a_pause(fake: FakeLiteLLM, url: str, answer: Answer | None) -
     assert len(fake.queries) == 1
 
 
-def test_stop_and_close_end_a_request_in_flight(fake: FakeLiteLLM, url: str) -> None:
+@pytest.mark.parametrize("attempts_before", [0, litellm.ATTEMPTS_MAX - 1])
+def test_stop_and_close_end_a_request_in_flight(fake: FakeLiteLLM, url: str, attempts_before: int) -> None:
     release = threading.Event()
 
     def hang(handler: Handler) -> Answer:
@@ -768,8 +769,8 @@ def test_stop_and_close_end_a_request_in_flight(fake: FakeLiteLLM, url: str) -> 
         return page_of()
 
     for _ in range(5):
-        stop, outcome = threading.Event(), list[BaseException]()
-        fake.scripted = [page_of(), hang]
+        stop, outcome = FakeStop(), list[BaseException]()
+        fake.scripted = [page_of(), *[(503, {}, b"")] * attempts_before, hang]
         logs = logs_at(url, stop=stop)
         assert read(logs) == []  # the connection is used again
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import FrozenInstanceError
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,20 @@ def test_defaults_are_the_contract() -> None:
         "db_schema": "billing",
         "data_dir": None,
         "postgres_bin": None,
+        "cost_source": "litellm",
+        "spool_dir": None,
+        "spool_bytes_max": 1_073_741_824,
+        "callback_token": None,
+        "callback_bytes_max": 536_870_912,
+        "litellm_url": None,
+        "litellm_api_key": None,
+        "markup_factor": Decimal(1),
+        "free_models": (),
+        "settle_deadline_seconds": 900,
+        "failure_quiet_seconds": 10,
+        "corrections": "apply",
+        "trust_litellm_end_user": False,
+        "cost_max_usd": Decimal(1000),
         "poll_interval_seconds": 0.25,
         "batch_lines_max": 10_000,
         "batch_bytes_max": 4_194_304,
@@ -100,6 +115,20 @@ def test_every_value_is_read() -> None:
             db_schema="billing_2",
             data_dir="/var/lib/bt",
             postgres_bin="/usr/lib/postgresql/15/bin",
+            cost_source="litellm",
+            spool_dir="/spool",
+            spool_bytes_max="1048576",
+            callback_token=TOKEN,
+            callback_bytes_max="65536",
+            litellm_url="http://litellm:4000/",
+            litellm_api_key="sk-1",
+            markup_factor="1.25",
+            free_models="local/*, free-*",
+            settle_deadline_seconds="60",
+            failure_quiet_seconds="0",
+            corrections="report",
+            trust_litellm_end_user="true",
+            cost_max_usd="50.5",
             poll_interval_seconds="1.5",
             batch_lines_max="1",
             batch_bytes_max="65536",
@@ -123,6 +152,17 @@ def test_every_value_is_read() -> None:
     assert settings.db_schema == "billing_2"
     assert settings.data_dir == Path("/var/lib/bt")
     assert settings.postgres_bin == Path("/usr/lib/postgresql/15/bin")
+    assert (settings.spool_dir, settings.spool_bytes_max, settings.callback_bytes_max) == (
+        Path("/spool"),
+        1_048_576,
+        65_536,
+    )
+    assert settings.callback_token == SecretStr(TOKEN)
+    assert (settings.litellm_url, settings.litellm_api_key) == ("http://litellm:4000", SecretStr("sk-1"))
+    assert (settings.markup_factor, settings.cost_max_usd) == (Decimal("1.25"), Decimal("50.5"))
+    assert (settings.free_models, settings.corrections) == (("local/*", "free-*"), "report")
+    assert (settings.settle_deadline_seconds, settings.failure_quiet_seconds) == (60, 0)
+    assert settings.trust_litellm_end_user is True
     assert settings.poll_interval_seconds == 1.5
     assert (settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max) == (1, 65_536, 67_108_864)
     assert (settings.open_files_max, settings.http_host, settings.http_port) == (8, "::1", 0)
@@ -320,9 +360,11 @@ def test_kubernetes_service_links_are_ignored_but_a_hand_written_port_is_not() -
 @pytest.mark.parametrize("variable", describe(), ids=lambda variable: variable.name)
 def test_every_variable_can_come_from_a_file(variable: tuple[str, str, str], tmp_path: Path) -> None:
     others = {"OFFSET_RESET": "/a=0", "OFFSET_RESET_ID": "r1", "DATABASE_URL": DSN, "MIGRATE_DATABASE_URL": DSN}
+    others |= {"LITELLM_URL": "http://litellm:4000"}
     name, default, _ = variable
     value = default or others.get(name.removeprefix(PREFIX)) or ("/" + TOKEN)
     pair = of(offset_reset="/a=0", offset_reset_id="r1") if "OFFSET_RESET" in name else {}
+    pair |= of(litellm_url="http://litellm:4000", litellm_api_key="sk-1") if "LITELLM_" in name else {}
     file = tmp_path / "value"
     file.write_text(f"{value}\n")
     pair.pop(name, None)

@@ -353,6 +353,22 @@ def test_gzip_is_not_read_as_text(dsn: str, volume: Path) -> None:
     assert count(dsn, "tail_files") == 1
 
 
+def test_what_was_removed_because_it_is_committed_is_final(dsn: str, volume: Path) -> None:
+    """As the janitor of the spool does: not a file that is missing, and its descriptor is let go."""
+    log = volume / "callbacks-old.jsonl"
+    log.write_bytes(b"[]\n")
+    with following(dsn, volume) as rig:
+        path, size = os.fsencode(log), log.stat().st_size
+        assert rig.follower.is_committed(path, size)
+        assert not rig.follower.is_committed(path, size + 1)
+        log.unlink()
+        rig.follower.removed([path])
+        rig.turn()
+        assert rig.health.reasons() == {}
+        assert str(log) not in {str(entry.resolve()) for entry in Path("/proc/self/fd").iterdir()}
+    assert rows(dsn, "select state from tail_files") == [{"state": "final"}]
+
+
 def test_another_session_holds_the_lock(dsn: str, volume: Path) -> None:
     with following(dsn, volume) as rig:
         second = Ledger(dsn, schema="billing", source_id="default", stop=rig.tailer._stop)

@@ -47,6 +47,10 @@ SMALL_BYTES_MAX = 1 << 20
 """A body up to this size is parsed in one go."""
 HELD_BYTES_MAX = 8 << 20
 """Of all such bodies together, while they arrive; beyond it, bodies are taken apart as large ones are."""
+BODIES_MAX = 16
+"""So many are read at a time, first come, first served: the others wait where they cost least, with the sender."""
+PATIENCE_SECONDS = 5.0
+"""Who waited so long is read as well: slow senders must not keep everybody out."""
 FLUSH_BYTES = 256 << 10
 """So much goes to the spool before more of the body is read."""
 SLICE_SECONDS = 0.005
@@ -116,12 +120,13 @@ class Element(NamedTuple):
     detail: str = ""
 
 
-# Possessive: no byte is looked at twice. A whole string is one step; one without an end stops before its quote.
-_STRING = rb'[^"\\]*+(?:\\.[^"\\]*+)*+'
-_INSIDE = re.compile(rb'[^"{}\[\]]*+(?:"%b"[^"{}\[\]]*+)*+' % _STRING, re.DOTALL)
-_BETWEEN = re.compile(rb'[^"{}\[\],\n]*+(?:"%b"[^"{}\[\],\n]*+)*+' % _STRING, re.DOTALL)
+# A whole string is one step; one without an end stops before its quote. Not possessive (`*+`), although no byte needs a
+# second look: CPython before 3.11.5 matches those wrongly inside groups.
+_STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
+_INSIDE = re.compile(rb'[^"{}\[\]]*(?:"%b"[^"{}\[\]]*)*' % _STRING, re.DOTALL)
+_BETWEEN = re.compile(rb'[^"{}\[\],\n]*(?:"%b"[^"{}\[\],\n]*)*' % _STRING, re.DOTALL)
 _STRING_REST = re.compile(_STRING, re.DOTALL)
-_BLANK = re.compile(rb"[ \t\r]*+")
+_BLANK = re.compile(rb"[ \t\r]*")
 _DROPPED_KEY = re.compile(rb'(?<!\\)"(?:messages|response)"\s*:\s*\Z')
 _DROPPED_KEY_BYTES_MAX = 32
 _QUOTE, _COMMA, _NEWLINE, _ARRAY, _ARRAY_END = b'",\n[]'
@@ -436,6 +441,7 @@ class _Callbacks:
         self._body_bytes_max = body_bytes_max
         self._body_seconds_max = body_seconds_max
         self._turn = asyncio.Lock()
+        self._places = asyncio.Semaphore(BODIES_MAX)
         self._held_bytes = 0
 
     async def answer(self, request: Request) -> Response:
@@ -445,7 +451,7 @@ class _Callbacks:
             return refusal
         intake = _Intake(self._slim)
         try:
-            async with asyncio.timeout(self._body_seconds_max):
+            async with self._place(), asyncio.timeout(self._body_seconds_max):
                 await self._read(request, intake)
             if not intake.parsed:
                 return _error(400, "nothing in the body is JSON: an array, an object per line or a single object is")
@@ -487,6 +493,20 @@ class _Callbacks:
 
     def _too_large(self) -> Response:
         return _error(413, f"the body has more than {self._body_bytes_max} bytes (CALLBACK_BYTES_MAX)")
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncGenerator[None, None]:
+        """One of BODIES_MAX, or none after PATIENCE_SECONDS."""
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                await self._places.acquire()
+        except TimeoutError:
+            yield
+            return
+        try:
+            yield
+        finally:
+            self._places.release()
 
     async def _read(self, request: Request, intake: _Intake) -> None:
         """Take the whole body. Raises ClientDisconnect, SpoolError, _TooLarge."""

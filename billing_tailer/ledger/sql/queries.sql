@@ -187,6 +187,9 @@ select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_r
 -- name: probe
 select current_setting('server_version') as server_version, current_user::text as role,
        extract(epoch from now())::float8 as server_time,
+       (select coalesce(bool_or(has_table_privilege(t.oid, 'UPDATE') or has_table_privilege(t.oid, 'DELETE')), false)
+        from pg_class t where t.relnamespace = to_regnamespace(%(schema)s)
+          and t.relname in ('charge_receipts', 'llm_charge_details', 'charge_adjustments')) as may_change_money,
        (select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}')
         from pg_class t
         cross join unnest(case t.relname
