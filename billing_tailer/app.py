@@ -50,6 +50,8 @@ EXIT_SECONDS = 4.5
 """So long after SIGTERM the process ends whatever hangs: what is not committed is read again."""
 WATCH_SECONDS = 0.5
 MIGRATE_RETRY_SECONDS = 1.0
+SPEND_LOGS_PAGE_ROWS = 250
+"""A row has 10 KB: larger pages need more memory than the daemon is to have."""
 SPOOL_RETENTION_SECONDS = 7 * 24 * 3600
 """So long a finished spool file stays after its last byte was written, and at least until it is committed."""
 
@@ -288,13 +290,15 @@ def _polling(settings: Settings, ending: Ending, wake: Wake) -> Iterator[Poller 
     if settings.litellm_url is None or settings.litellm_api_key is None:
         yield None
         return
-    logs = SpendLogs(settings.litellm_url, settings.litellm_api_key.get_secret_value(), stop=ending.stop)
+    key = settings.litellm_api_key.get_secret_value()
+    logs = SpendLogs(settings.litellm_url, key, stop=ending.stop, page_size=SPEND_LOGS_PAGE_ROWS)
     poller = Poller(logs, partial(parse_row, cost_max=settings.cost_max_usd), wake.set)
     poller.start()
     try:
         with ending.watching("the poller of spend logs", lambda: poller.alive() or ending.stop.is_set()):
             yield poller
     finally:
+        logs.close()
         poller.stop()
 
 

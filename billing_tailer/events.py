@@ -45,6 +45,7 @@ def configure_logging(level: str, log_format: str) -> None:
     renderer: Any = structlog.processors.JSONRenderer() if log_format == "json" else structlog.dev.ConsoleRenderer()
     # psycopg's own warnings go beside the errors it raises, which we log in our form
     logging.getLogger("psycopg").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -531,6 +531,33 @@ def test_a_slow_client_is_sent_away(tmp_path: Path) -> None:
         sock.close()
 
 
+def test_slow_senders_do_not_keep_others_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "BODIES_MAX", 2)
+    monkeypatch.setattr(callbacks, "PATIENCE_SECONDS", 0.3)
+    with Served(tmp_path) as serving:
+        slow = [serving.begin("Content-Length: 1000", b"[") for _ in range(5)]
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert serving.post(dumps([event("x")]))[0] == 200
+        assert 0.2 < time.monotonic() - started < 3
+        for sock in slow:
+            sock.close()
+        wait_for(lambda: serving.counted == [200, 499, 499, 499, 499, 499])
+        started = time.monotonic()
+        assert serving.post(dumps([event("y")]))[0] == 200
+        assert time.monotonic() - started < 0.3, "their places are free again"
+
+
+def test_no_small_body_holds_the_loop_up() -> None:
+    """Between two pauses is what a piece has, however broken the body is."""
+    for body in (b"[[]," * 250_000, b'{"a":\n' * 150_000, b'{"a":"' + b"\\n" * 500_000, b'{"a":' + b'"",' * 300_000):
+        longest, last = 0.0, time.thread_time()
+        for _ in callbacks._take_apart(body, by_line=False):
+            longest = max(longest, time.thread_time() - last)
+            last = time.thread_time()
+        assert longest < 0.2, body[:10]
+
+
 # --- the spool refuses
 
 
@@ -715,6 +742,20 @@ def test_health_is_answered_while_200_batches_arrive(served: Served) -> None:
     print(f"\nhealth checks beside 200 batches: {len(seconds)}, median {seconds[len(seconds) // 2]:.3f}", end=" ")
     print(f"longest {seconds[-1]:.3f} s")
     assert seconds[len(seconds) // 2] < 0.5, "client and server share this process and its interpreter lock"
+
+
+def test_health_is_answered_while_one_chunk_becomes_a_large_body(served: Served) -> None:
+    """Nothing comes from the network in between, at which the loop would turn by itself."""
+    packed = gzip.compress(dumps({"litellm_call_id": "x", "messages": ["a prompt"] * 5_000_000}))
+    answers: list[tuple[int, dict[str, Any]]] = []
+    thread = threading.Thread(target=lambda: answers.append(served.post(packed, content_encoding="gzip")))
+    seconds: list[float] = []
+    thread.start()
+    while thread.is_alive():
+        seconds.append(get_livez(served.port))
+    thread.join()
+    assert answers == [(200, {"accepted": 1, "rejected": 0})]
+    assert len(seconds) > 20
 
 
 def huge(count: int, field: str, prompt_bytes: int) -> list[bytes]:

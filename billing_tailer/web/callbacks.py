@@ -62,8 +62,8 @@ ELEMENT_BYTES_MAX = 4 << 20
 STRING_BYTES_MAX = 1 << 20
 """A string that arrives in pieces is cut soon after this; the fields of a bill are far shorter."""
 DEPTH_MAX = 500
-PIECE_BYTES = 64 << 10
-"""Of decompressed data, and of what was held, taken apart at once."""
+PIECE_BYTES = 32 << 10
+"""Taken apart between two pauses; it bounds a pause where there are brackets only, to 20 ms."""
 CLIENT_LEFT = 499
 """Counted, as nginx does, where nobody is left to be answered."""
 
@@ -312,15 +312,17 @@ def _take_apart(body: bytes, *, by_line: bool) -> Iterator[Element | None]:
         objects = [0, 0]
         for way in (False, True):
             for element in _all_elements(body, by_line=way):
-                objects[way] += element.reason is None and _is_object(element.data)
+                objects[way] += element is not None and element.reason is None and _is_object(element.data)
                 yield None
         by_line = objects[True] > objects[False]
     yield from _all_elements(body, by_line=by_line)
 
 
-def _all_elements(body: bytes, *, by_line: bool) -> Iterator[Element]:
+def _all_elements(body: bytes, *, by_line: bool) -> Iterator[Element | None]:
     elements = Elements(by_line=by_line)
-    yield from elements.feed(body)
+    for start in range(0, len(body), PIECE_BYTES):
+        yield from elements.feed(body[start : start + PIECE_BYTES])
+        yield None
     yield from elements.end()
 
 

@@ -35,7 +35,8 @@ class HttpServer:
     def start(self) -> None:
         """Bind, then serve in a thread. Raises ConfigError where the address cannot be used."""
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
+        # with the protocol named, or asyncio would not set TCP_NODELAY and every answer after the first wait 40 ms
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((self._host, self.port))
