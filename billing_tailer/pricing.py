@@ -29,7 +29,6 @@ NUMBER_CHARS_MAX = 80
 """Longest text of a number that is understood. A float's repr has 24 at most."""
 DECIMALS_MAX = 400
 """Most decimals of a number that is understood. The smallest float has 324."""
-CREDITS_PER_USD = 10**7
 AMOUNT_USD_LIMIT = Decimal(10**12)
 """Amounts are below this: numeric(24,12)."""
 CREDITS_MAX = 2**63 - 1

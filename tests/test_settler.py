@@ -11,7 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from billing_tailer.model import Corrections, SpendSource
+from billing_tailer.model import Corrections, SpendRecord, SpendSource
 from billing_tailer.settle import Rules
 from billing_tailer.settler import Settler
 from billing_tailer.spend import parse_row
@@ -241,9 +241,10 @@ def test_the_larger_source_is_billed(dsn: str, tmp_path: Path) -> None:
     with following(dsn, tmp_path) as rig:
         row = {"request_id": "r1", "litellm_call_id": "call-00000001", "spend": 0.000225, "status": "success"}
         record = parse_row({**payload(1), **row}, Decimal(1000))
-        assert getattr(record, "source", None) is SpendSource.SPEND_LOGS
-        assert rig.ledger.add_records([record]) == 1  # type: ignore[list-item]
-        assert rig.ledger.add_records([record]) == 0  # type: ignore[list-item]
+        assert isinstance(record, SpendRecord)
+        assert record.source is SpendSource.SPEND_LOGS
+        assert rig.ledger.add_records([record]) == 1
+        assert rig.ledger.add_records([record]) == 0
         sweep(rig)
     assert billed(dsn) == {"call-00000001": (2250, Decimal("0.000225"))}
 

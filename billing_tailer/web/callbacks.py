@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
-import ipaddress
 import json
 import re
 import time
@@ -41,6 +40,7 @@ from starlette.routing import Route
 from billing_tailer.errors import ConfigError
 from billing_tailer.model import DeadLetterReason
 from billing_tailer.spool import Spool, SpoolError
+from billing_tailer.web.access import is_loopback
 
 PATH = "/v1/callbacks/litellm"
 SMALL_BYTES_MAX = 1 << 20
@@ -483,7 +483,7 @@ class _Callbacks:
 
     def _why_stranger(self, request: Request) -> str | None:
         if self._token is None:
-            if request.client is not None and _is_loopback(request.client.host):
+            if request.client is not None and is_loopback(request.client.host):
                 return None
             return "no CALLBACK_TOKEN is configured: only clients on this machine may post"
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -636,15 +636,6 @@ def _slice(steps: Iterator[None]) -> bool:
 
 def _encoding(request: Request) -> str:
     return request.headers.get("content-encoding", "").strip().lower()
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def _error(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
