@@ -136,11 +136,12 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log_level, settings.log_format)
     # log files that are held open and clients that wait share the limit, of which the soft part is often 1024
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
-    events, health, wake = Events(), Health(), Wake()
+    events, health = Events(), Health()
     events.info("starting", version=__version__, settings=effective(settings))
     LogFiles(settings.audit_globs, settings.open_files_max).require_mounts()
     spool = _spool(settings, events)
     files = _log_files(settings, spool)
+    wake = Wake(files.concerns)
     reads = Reads(settings.db_schema, settings.source_id)
     waiters = Waiters(reads.run_status)
     routes = [*_callback_routes(settings, spool, events), *run_routes(_api_token(settings), reads, waiters)]

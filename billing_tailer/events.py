@@ -38,6 +38,8 @@ from billing_tailer.settle import Decision
 FILE_LABELS_MAX = 50
 """Files with a label of their own; the others are summed under `_other`."""
 OTHER = "_other"
+LETTERS_LOGGED_MAX = 20
+"""Dead letters of one batch with a line of their own in the log; all of them are counted, and listed by the verb."""
 
 
 def configure_logging(level: str, log_format: str) -> None:
@@ -82,7 +84,7 @@ class Events:
         )
         self._last_commit = gauge("last_commit_timestamp_seconds", "Time of the last commit")
         self._lines = counter("lines_total", "Committed lines by outcome", "outcome")
-        self._letters_open = gauge("dead_letters_open", "Dead letters nobody has decided yet")
+        self._letters_open = gauge("dead_letters_open", "Dead letters nobody has decided yet, counted up to 10000")
         self._letters = counter("dead_letters_total", "Dead letters by reason", "reason")
         self._gap_bytes = counter("gap_bytes_total", "Bytes declared as not read, where it is known how many")
         self._gaps = counter("gaps_total", "Declared gaps by reason", "reason")
@@ -158,8 +160,10 @@ class Events:
         for outcome, count in counts.items():
             self._lines.labels(outcome).inc(count)
         self._records.labels(SpendSource.CALLBACK).inc(counts.get(Outcome.SPEND_RECORD, 0))
-        for letter in plan.dead_letters:
+        for number, letter in enumerate(plan.dead_letters):
             self._letters.labels(letter.reason).inc()
+            if number >= LETTERS_LOGGED_MAX:
+                continue
             self._log.warning(
                 "dead_letter",
                 reason=letter.reason,

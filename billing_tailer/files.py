@@ -4,6 +4,7 @@ Holds, for its part, CANNOT_SEE_IS_NOT_GONE (a scan says whether it was complete
 on the descriptor that is read (tests/test_files.py). Never writes, so that the volume can be mounted read-only.
 """
 
+import contextlib
 import errno
 import fnmatch
 import glob
@@ -23,6 +24,7 @@ SETTLED_SECONDS = 2.0
 JUDGED_MAX = 65536
 """Verdicts that are remembered."""
 COMPRESSED = (b".gz", b".bz2", b".xz", b".zst")
+COMPARED_BYTES = 256 << 10
 TAIL_BYTES = 64 << 10
 """Step of the backward search for a newline."""
 
@@ -88,15 +90,20 @@ class LogFiles:
         """may_read: asked for the path of every file that a glob matches; False leaves it alone for now."""
         self._may_read = may_read
         self._globs = [os.fsencode(pattern) for pattern in globs]
-        self._open_files_max = open_files_max
+        self.open_files_max = open_files_max
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
-        self._judged: dict[tuple[int, int, int, int, int, bytes], tuple[tuple[int, int, int], Verdict]] = {}
+        self._judged: dict[tuple[int, int, int], tuple[tuple[int, ...], bytes, Verdict]] = {}
 
     # --- looking
 
     def directories(self) -> list[str]:
         """The directories the globs look into at this moment, for the wake-up."""
         return sorted({os.fsdecode(d) for pattern in self._globs for d in _directories(pattern)})
+
+    def concerns(self, path: str) -> bool:
+        """Whether a glob matches this file's name."""
+        name = os.path.basename(os.fsencode(path))
+        return any(fnmatch.fnmatchcase(name, os.path.basename(pattern)) for pattern in self._globs)
 
     def require_mounts(self) -> None:
         """Raise ConfigError where a glob's fixed directory is missing or cannot be listed, as at a forgotten mount."""
@@ -134,12 +141,15 @@ class LogFiles:
             except OSError as error:
                 problems.append(f"cannot list {escape_path(directory)}: {error.strerror}")
         strays &= {file.path for file in found.values()}  # a second name beside one that matches is no stray
-        for locator, handle in self._handles.items():
+        for locator, handle in list(self._handles.items()):
             if locator in found:
                 handle.path = found[locator].path
-            else:
-                status = os.fstat(handle.fd)
-                found[locator] = _seen(handle.path, status, named=status.st_nlink > 0)
+                continue
+            try:
+                found[locator] = _seen(handle.path, os.fstat(handle.fd), listed=False)
+            except OSError as error:  # a network file system that has lost the file
+                problems.append(f"cannot look at {handle.path}: {error.strerror}")
+                self._close(locator)
         files = tuple(sorted(found.values(), key=lambda file: file.path))
         return Scan(files, not problems, tuple(problems), tuple(sorted(strays)))
 
@@ -181,26 +191,45 @@ class LogFiles:
     def judge(self, position: Position, file: SeenFile) -> Verdict:
         """Compare a file with a position, on a descriptor of that file. What was judged is not read again until size
         or times of the file change."""
-        signature = (file.size, file.mtime_ns, file.ctime_ns)
-        # all that a verdict depends on: without anything committed, that is the size seen alone
-        size_seen = 0 if position.committed_offset else position.size_seen
-        key = (*file.locator, position.committed_offset, size_seen, hash(position.head), position.frontier_sha256)
+        # all that a verdict depends on
+        signature = (file.size, file.mtime_ns, file.ctime_ns, position.committed_offset, position.size_seen)
+        key = (*file.locator, position.file_id)
         remembered = self._judged.get(key)
-        if remembered is not None and remembered[0] == signature:
-            return remembered[1]
+        if remembered is not None and remembered[0] == signature and remembered[1] == position.frontier_sha256:
+            return remembered[2]
         try:
             fd = self._open(file)
             status = os.fstat(fd)
             verdict = _compare(fd, status.st_size, position)
         except OSError:
             return Verdict.UNREADABLE
-        unchanged = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == signature
+        unchanged = (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == signature[:3]
         # mtime can be set back, ctime cannot
         if unchanged and abs(time.time() - max(file.mtime_ns, file.ctime_ns) / 1e9) > SETTLED_SECONDS:
             if len(self._judged) >= JUDGED_MAX:
                 self._judged.clear()
-            self._judged[key] = (signature, verdict)
+            self._judged[key] = (signature, position.frontier_sha256, verdict)
         return verdict
+
+    def head(self, file: SeenFile) -> bytes:
+        """The first bytes of a file, by which it is looked up; empty where it cannot be read."""
+        try:
+            return self.read_at(file, 0, HEAD_BYTES_MAX)
+        except OSError:
+            return b""
+
+    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool:
+        """Whether two files that agree with a position go on alike, to the end of the first."""
+        try:
+            at, end = position.committed_offset, self.size(one)
+            while at < end:
+                part = self.read_at(one, at, min(COMPARED_BYTES, end - at))
+                if not part or self.read_at(other, at, len(part)) != part:
+                    return False
+                at += len(part)
+        except OSError:
+            return False
+        return True
 
     # --- reading
 
@@ -217,26 +246,32 @@ class LogFiles:
             start = position.committed_offset - position.frontier_bytes
             buffer = os.pread(fd, position.frontier_bytes + bytes_max, start)
             context = buffer[: position.frontier_bytes]
-            if hashlib.sha256(context).digest() != position.frontier_sha256:
+            if size < position.size_seen or hashlib.sha256(context).digest() != position.frontier_sha256:
                 return _compare(fd, size, position)
+            end = start + len(buffer)
+            if (
+                end < min(size, position.committed_offset + bytes_max)
+                and b"\n" not in buffer[position.frontier_bytes :]
+            ):
+                os.pread(fd, 1, end)  # a read that meets a bad sector stops before it; only the next one says why
         except OSError:
             return Verdict.UNREADABLE
-        return Chunk(context, buffer[position.frontier_bytes :], max(size, start + len(buffer)))
+        return Chunk(context, buffer[position.frontier_bytes :], max(size, end))
 
     def read_at(self, file: SeenFile, offset: int, bytes_max: int) -> bytes:
         """Plain bytes, unverified: the caller holds a position and verifies with `still_agrees`. Raises OSError."""
         return os.pread(self._open(file), bytes_max, offset)
 
-    def still_agrees(self, position: Position, file: SeenFile, end_offset: int) -> bool:
-        """The look before a commit is sent: the committed part is unchanged and what was read has not shrunk away."""
+    def still_agrees(self, position: Position, file: SeenFile, after: Position | None = None) -> bool:
+        """The look before a commit is sent: the committed part is unchanged, and what was read, up to the position
+        `after` it, has not shrunk away and ends as it did."""
         try:
             fd = self._open(file)
-            if os.fstat(fd).st_size < end_offset:
+            if after is not None and os.fstat(fd).st_size < after.committed_offset:
                 return False
-            context = os.pread(fd, position.frontier_bytes, position.committed_offset - position.frontier_bytes)
+            return all(_frontier_agrees(fd, place) for place in (position, after) if place is not None)
         except OSError:
             return False
-        return hashlib.sha256(context).digest() == position.frontier_sha256
 
     def place_at(self, file: SeenFile, offset: int) -> Place:
         """What identifies an offset of a file. Raises OSError, also where the file ends before it."""
@@ -279,18 +314,26 @@ class LogFiles:
     def _make_room(self) -> None:
         """Close the longest unused descriptor of a file that stands under its name; another one, deleted or moved out
         of our sight, could not be opened again."""
-        if len(self._handles) < self._open_files_max:
+        if len(self._handles) < self.open_files_max:
             return
         for locator, handle in self._handles.items():
             if _stands_at(handle.path, locator):
                 self._close(locator)
                 return
-        raise OSError(errno.EMFILE, f"all {self._open_files_max} descriptors hold files without a name")
+        raise OSError(errno.EMFILE, f"all {self.open_files_max} descriptors hold files without a name")
+
+    def hold(self, file: SeenFile) -> None:
+        """Open a file, so that it can be read even after it was deleted. Where that fails, the next scan tells."""
+        with contextlib.suppress(OSError):
+            self._open(file)
 
     def held_size(self, locator: tuple[int, int]) -> int | None:
-        """The size of a file at this moment, if it is held open."""
+        """The size of a file at this moment, if it is held open and can be looked at."""
         handle = self._handles.get(locator)
-        return None if handle is None else os.fstat(handle.fd).st_size
+        try:
+            return None if handle is None else os.fstat(handle.fd).st_size
+        except OSError:
+            return None
 
     def release(self, locator: tuple[int, int]) -> None:
         """Let go of a file that will not be read again."""
@@ -321,14 +364,18 @@ def _compare(fd: int, size: int, position: Position) -> Verdict:
         return Verdict.PAST_END if same_beginning else Verdict.SHRUNK
     if position.committed_offset == 0 and size < position.size_seen:
         return Verdict.SHRUNK  # nothing is committed, but what we saw was longer: it is another content
-    frontier = os.pread(fd, position.frontier_bytes, position.committed_offset - position.frontier_bytes)
-    if head != position.head or hashlib.sha256(frontier).digest() != position.frontier_sha256:
+    if head != position.head or not _frontier_agrees(fd, position):
         return Verdict.DIFFERS
-    return Verdict.AGREES
+    return Verdict.CUT if size < position.size_seen else Verdict.AGREES
 
 
-def _seen(path: str, status: os.stat_result, *, named: bool = True) -> SeenFile:
-    return SeenFile(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, named)
+def _frontier_agrees(fd: int, position: Position) -> bool:
+    frontier = os.pread(fd, position.frontier_bytes, position.committed_offset - position.frontier_bytes)
+    return hashlib.sha256(frontier).digest() == position.frontier_sha256
+
+
+def _seen(path: str, status: os.stat_result, *, listed: bool = True) -> SeenFile:
+    return SeenFile(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, listed)
 
 
 def read_range(path: str, locator: tuple[int, int], head: bytes, start: int, end: int) -> bytes | str:

@@ -5,8 +5,8 @@ gaps, blocked ones) and keeps the positions of this process in step with Postgre
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from billing_tailer.events import Events
 from billing_tailer.files import LogFiles, Scan, escape_path
@@ -15,8 +15,26 @@ from billing_tailer.identity import Matching, match
 from billing_tailer.ledger import Changes, Ledger, NewFile
 from billing_tailer.model import HEAD_BYTES_MAX, FileState, Position, SeenFile
 
-SCAN_SHARE = 20
-"""Between two scans at least so many times their duration passes, so that scanning costs at most a twentieth."""
+SCAN_SHARE = 100
+"""Between two scans at least so many times their duration passes, so that scanning costs at most a hundredth."""
+SCAN_SECONDS_MAX = 2.0
+"""So often is looked at least, however long a look takes."""
+LEISURE_SECONDS = 0.25
+SILENT_SECONDS = 10.0
+"""A file that is gone from the directories and has not changed for so long has no writer, if another replaced it."""
+FINAL_SECONDS = 24 * 3600.0
+"""A file that is gone from the directories and has not changed for so long will not change any more."""
+NEW_FILES_MAX = 1000
+"""So many files are registered in one transaction; the others follow in the next scan, at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    """A file that is only held open: how it looked, and since when (monotonic seconds) it has not changed."""
+
+    size: int
+    mtime_ns: int
+    since: float
 
 
 class Follower:
@@ -41,6 +59,9 @@ class Follower:
         self._start_at_end = start_at_end
         self._is_spool = is_spool
         self._next_scan = 0.0
+        self._last_scan = 0.0
+        self._gone: dict[tuple[int, int], _Gone] = {}
+        self._replaced: dict[tuple[int, int], int] = {}
         self._unread_since: dict[int, float] = {}
         self._unreadable: list[str] = []
         self.registered = False
@@ -55,33 +76,113 @@ class Follower:
         self._next_scan = 0.0
 
     def moved(self, positions: Sequence[Position]) -> None:
-        """Adopt positions after their COMMIT returned."""
+        """Adopt positions after their COMMIT returned. What was seen of a file meanwhile is not forgotten."""
         for position in positions:
-            self.positions[position.file_id] = position
+            before = self.positions.get(position.file_id)
+            size = position.size_seen if before is None else max(before.size_seen, position.size_seen)
+            self.positions[position.file_id] = replace(position, size_seen=size)
 
-    def scan_soon(self) -> None:
-        """Something about a file is not as expected: look again before anything else is read."""
-        self._next_scan = 0.0
+    def scan_soon(self, *, at_leisure: bool = False) -> None:
+        """Something about a file is not as expected: look again before anything else is read. at_leisure: what cannot
+        be read may stay so for long; the other files are not to wait for a scan in every round."""
+        self._next_scan = min(self._next_scan, self._last_scan + LEISURE_SECONDS) if at_leisure else 0.0
 
     def scan_if_due(self) -> None:
         """Look at the directories and commit what changed. Raises PositionMoved, LedgerUnavailable."""
         started = time.monotonic()
         if started < self._next_scan:
             return
-        unfinished = {p.locator for p in self.positions.values() if p.state is not FileState.FINAL}
-        scan = self._files.scan(unfinished)
+        self._last_scan = started
         self._unreadable = []
-        matching = match(list(self.positions.values()), scan.files, self._files.judge, complete=scan.complete)
+        scan, matching = self._look(started)
         self._note_sizes(matching.kept | matching.matched)
-        registered = self._apply(matching, scan)
+        final = self._final(matching, started)
+        registered = self._apply(matching, final, complete=scan.complete)
         self.followed = {
             file_id: file
             for file_id, file in (matching.kept | matching.matched).items()
             if self.positions[file_id].state is not FileState.BLOCKED
         }
+        for file in matching.replaced:
+            self._replaced[file.locator] = file.size
+        self._let_go(matching, started)
         self._report(scan, matching)
         self.registered = registered
-        self._next_scan = 0.0 if registered else time.monotonic() + SCAN_SHARE * (time.monotonic() - started)
+        pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (time.monotonic() - started))
+        self._next_scan = 0.0 if registered else time.monotonic() + pause
+
+    def _look(self, now: float) -> tuple[Scan, Matching]:
+        """Scan and match. What would be ended is looked for a second time: a copy of it may be younger than the
+        listing."""
+        suspected: set[int] = set()
+        while True:
+            unfinished = {p.locator for p in self.positions.values() if p.state is not FileState.FINAL}
+            scan = self._files.scan(unfinished)
+            self._note_gone(scan, now)
+            scan = self._without_replaced(scan)
+            matching = match(
+                list(self.positions.values()),
+                scan.files,
+                self._files,
+                complete=scan.complete,
+                silent={locator for locator, gone in self._gone.items() if now - gone.since >= SILENT_SECONDS},
+                tick=self._tick,
+            )
+            if matching.ended.keys() <= suspected:
+                return scan, matching
+            suspected |= matching.ended.keys()
+
+    def _tick(self) -> None:
+        """Between two looks of a long scan: the loop is alive, and so is its session."""
+        self._health.tick()
+        self._ledger.ping()
+
+    def _without_replaced(self, scan: Scan) -> Scan:
+        """A file that another one replaced is of no interest any more, unless it grows: then its writer is not gone."""
+        self._replaced = {
+            file.locator: file.size
+            for file in scan.files
+            if not file.listed and self._replaced.get(file.locator) == file.size
+        }
+        return replace(scan, files=tuple(file for file in scan.files if file.locator not in self._replaced))
+
+    def _note_gone(self, scan: Scan, now: float) -> None:
+        """Remember since when files without a name in any directory have been silent."""
+        gone: dict[tuple[int, int], _Gone] = {}
+        for file in scan.files:
+            if file.listed or not scan.complete:
+                continue
+            before = self._gone.get(file.locator)
+            unchanged = before is not None and (before.size, before.mtime_ns) == (file.size, file.mtime_ns)
+            gone[file.locator] = before if unchanged and before else _Gone(file.size, file.mtime_ns, now)
+        if scan.complete:
+            self._gone = gone
+
+    def _final(self, matching: Matching, now: float) -> set[int]:
+        """Generations that are gone from the directories, committed to their end, and have been silent for a day."""
+        return {
+            file_id
+            for file_id, file in matching.kept.items()
+            if file.locator in self._gone
+            and file.size <= self.positions[file_id].committed_offset
+            and now - self._gone[file.locator].since >= FINAL_SECONDS
+        }
+
+    def _let_go(self, matching: Matching, now: float) -> None:
+        """Close files that are gone and committed to their end: those that were silent for a day, and, where there are
+        so many that log files could not be opened, the longest silent ones."""
+        consumed = {
+            file.locator
+            for file_id, file in matching.kept.items()
+            if file.size <= self.positions[file_id].committed_offset
+        }
+        since = {
+            locator: self._gone[locator].since for locator in (consumed | self._replaced.keys()) & self._gone.keys()
+        }
+        too_many = len(since) - self._files.open_files_max // 2
+        for number, locator in enumerate(sorted(since, key=since.__getitem__)):
+            if number < too_many or now - since[locator] >= FINAL_SECONDS:
+                self._files.release(locator)
 
     def _note_sizes(self, found: Mapping[int, SeenFile]) -> None:
         """Remember how far each generation went, in case it is truncated before it is read. Only where its content was
@@ -91,11 +192,11 @@ class Follower:
             if file.size > position.size_seen:
                 self.positions[file_id] = replace(position, size_seen=file.size)
 
-    def _apply(self, matching: Matching, scan: Scan) -> bool:
+    def _apply(self, matching: Matching, final: Collection[int], *, complete: bool) -> bool:
         """Commit what the matching changes; True if files were registered."""
-        after = [_placed(position, matching, complete=scan.complete) for position in self.positions.values()]
+        after = [_placed(position, matching, final, complete=complete) for position in self.positions.values()]
         updated = tuple(p for p in after if p != self.positions[p.file_id])
-        new = tuple(file for file in map(self._new_file, matching.new) if file is not None)
+        new = self._new_files(matching.new)
         gaps = tuple(gap for gap in matching.ended.values() if gap is not None)
         if not (updated or new or gaps):
             return False
@@ -106,29 +207,33 @@ class Follower:
         for gap in gaps:
             self._events.gap(gap, self.positions[gap.file_id].path)
         if new:
-            for position in self._ledger.positions():
-                if self.positions.setdefault(position.file_id, position) is position:
-                    self._events.info("file.new", **_described(position))
-        in_sight = {file.locator for file in scan.files}
-        for position in updated:
-            if position.state is FileState.FINAL and position.locator not in in_sight:
-                self._files.release(position.locator)
+            for position in self._ledger.positions(after_file_id=max(self.positions, default=0)):
+                self.positions[position.file_id] = position
+                self._events.info("file.new", **_described(position))
         return bool(new)
 
-    def _new_file(self, seen: SeenFile) -> NewFile | None:
-        """A generation to register; None where the file cannot be opened, which is tried again at the next scan."""
-        earlier = [p for p in self.positions.values() if p.path == seen.path]
-        previous = max(earlier, key=lambda p: p.file_id, default=None)
-        try:
-            at_end = self._start_at_end and not self._is_spool(seen.path)
-            at_end = at_end and all(self._is_spool(position.path) for position in self.positions.values())
-            place = self._files.place_at(seen, self._files.after_last_newline(seen) if at_end else 0)
-        except OSError as error:
-            self._unreadable.append(f"{seen.path}: {error.strerror}")
-            return None
-        if previous is None:
-            return NewFile(seen, None, 1, place)
-        return NewFile(seen, previous.file_id, previous.generation + 1, place)
+    def _new_files(self, seen: Sequence[SeenFile]) -> tuple[NewFile, ...]:
+        """The generations to register; a file that cannot be opened is tried again at the next scan."""
+        if not seen:
+            return ()
+        at_end = self._start_at_end and all(self._is_spool(position.path) for position in self.positions.values())
+        newest = {p.path: p for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
+        new = []
+        # all at once where they begin at their ends: the next scan would find that the source has files
+        for file in seen if at_end else seen[:NEW_FILES_MAX]:
+            self._tick()
+            try:
+                skip = at_end and not self._is_spool(file.path)
+                place = self._files.place_at(file, self._files.after_last_newline(file) if skip else 0)
+                # the size belongs to the place: since the scan, the file may have been truncated
+                now = replace(file, size=self._files.size(file))
+            except OSError as error:
+                self._unreadable.append(f"{file.path}: {error.strerror}")
+                continue
+            previous = newest.get(file.path)
+            previous_id, generation = (None, 1) if previous is None else (previous.file_id, previous.generation + 1)
+            new.append(NewFile(now, previous_id, generation, place))
+        return tuple(new)
 
     def _report(self, scan: Scan, matching: Matching) -> None:
         blocked = [p for p in self.positions.values() if p.state is FileState.BLOCKED]
@@ -140,6 +245,10 @@ class Follower:
                 *self._unreadable,
                 *(f"{path}: cannot be read" for path in sorted(unread)),
                 *(f"{p.path}: blocked, {p.blocked_reason}, at byte {p.committed_offset}" for p in blocked),
+                *(
+                    f"{file.path}: has more than the file it has replaced; read once that one is silent"
+                    for file in matching.longer
+                ),
                 *(f"{path}: is followed, but no glob of AUDIT_GLOBS matches its name" for path in scan.strays),
             ],
         )
@@ -203,21 +312,24 @@ class Follower:
                 self._unread_since.setdefault(file_id, now)
             else:
                 self._unread_since.pop(file_id, None)
-            if unread or file.named:
+            if unread or file.listed:
                 rows[file_id] = (file.path, offset, size)
         self._unread_since = {key: since for key, since in self._unread_since.items() if key in rows}
         self._events.oldest_uncommitted(min(self._unread_since.values(), default=None))
         self._events.files(self.positions, rows)
 
     def _see_without_ledger(self) -> None:
-        """Match by locator alone, for the gauges only: nothing is read or decided while Postgres is away."""
+        """Match by locator alone, for the gauges only: nothing is read or decided while Postgres is away. But files are
+        opened, so that one which comes and is deleted meanwhile can still be read."""
         scan = self._files.scan({position.locator for position in self.positions.values()})
+        for file in scan.files:
+            self._files.hold(file)
         by_locator = {p.locator: p.file_id for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
         self.followed = {by_locator.get(file.locator, -1 - number): file for number, file in enumerate(scan.files)}
         self._health.say("files", scan.problems)
 
 
-def _placed(position: Position, matching: Matching, *, complete: bool) -> Position:
+def _placed(position: Position, matching: Matching, final: Collection[int], *, complete: bool) -> Position:
     """A position with the place and state that a matching gives it."""
     file_id = position.file_id
     if file_id in matching.ended:
@@ -228,8 +340,8 @@ def _placed(position: Position, matching: Matching, *, complete: bool) -> Positi
     if file is None:
         lost_sight = complete and file_id in matching.missing and position.state in (FileState.LIVE, FileState.ROTATED)
         return replace(position, state=FileState.MISSING) if lost_sight else position
-    moved = file.path != position.path or not file.named
-    if position.state is FileState.FINAL and file.size <= position.committed_offset:
+    moved = file.path != position.path or (complete and not file.listed)
+    if file_id in final or (position.state is FileState.FINAL and file.size <= position.committed_offset):
         state = FileState.FINAL
     elif moved or position.state in (FileState.ROTATED, FileState.FINAL):
         state = FileState.ROTATED

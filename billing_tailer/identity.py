@@ -9,18 +9,36 @@ A generation is found again only where locator (device, inode), head and frontie
 2. a generation without its file may be matched to a file without a generation whose head and frontier agree (it was
    copied, restored or moved to another device); several such files block it as `ambiguous`;
 3. a file that agrees with a generation still held by its own inode is a copy, and is not read; nor is one that agrees
-   with a generation that is blocked, cannot be read, or may be where the scan could not look;
+   with a generation that is blocked, cannot be read, or may be where the scan could not look. A copy that has become
+   longer than its original goes its own way: it is read from 0, and the calls that both tell of are replays. Where the
+   original is gone from the directories and silent, the copy has replaced it and takes its `file_id`;
 4. every other file is new. What stood at its locator before is ended, with its unread rest declared as a gap, but only
    after a complete scan found no file with the old content.
+
+Files are looked up by their first bytes, so that only alike ones are compared.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from billing_tailer.model import BlockReason, FileState, Gap, GapReason, Position, SeenFile, Verdict
 
-Judge = Callable[[Position, SeenFile], Verdict]
-"""Compares a file's bytes with a position; the only part of matching that looks at files."""
+
+class Look(Protocol):
+    """The only part of matching that looks at files (`files.LogFiles`)."""
+
+    def judge(self, position: Position, file: SeenFile) -> Verdict:
+        """Compare a file's bytes with a position."""
+
+    def head(self, file: SeenFile) -> bytes:
+        """The first bytes of a file, as many as a position's head may have; empty where it cannot be read."""
+
+    def size(self, file: SeenFile) -> int:
+        """The size of a file at this moment. Raises OSError."""
+
+    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool:
+        """Whether two files that agree with a position go on alike, to the end of the first."""
 
 
 @dataclass(slots=True)
@@ -40,14 +58,49 @@ class Matching:
     new: list[SeenFile] = field(default_factory=list)
     ended: dict[int, Gap | None] = field(default_factory=dict)
     blocked: dict[int, BlockReason] = field(default_factory=dict)
-    missing: list[int] = field(default_factory=list)
+    missing: set[int] = field(default_factory=set)
+    replaced: list[SeenFile] = field(default_factory=list)
+    """Gone from the directories; another file has taken over their generation."""
+    longer: list[SeenFile] = field(default_factory=list)
+    """Copies with more than their original, which is gone from the directories but not silent yet."""
 
 
-def match(known: Sequence[Position], seen: Iterable[SeenFile], judge: Judge, *, complete: bool) -> Matching:
+Agreeing = Mapping[tuple[int, int], Mapping[int, Verdict]]
+"""For each file that no generation holds: the generations whose content it has."""
+
+
+class _ByHead:
+    """Generations that have content, looked up by the first bytes of a file."""
+
+    def __init__(self, known: Iterable[Position]) -> None:
+        self._by_length: dict[int, dict[bytes, list[Position]]] = {}
+        for position in known:
+            if position.committed_offset:
+                self._by_length.setdefault(len(position.head), {}).setdefault(position.head, []).append(position)
+
+    def alike(self, head: bytes) -> list[Position]:
+        return [
+            position
+            for length, heads in self._by_length.items()
+            if length <= len(head)
+            for position in heads.get(head[:length], ())
+        ]
+
+
+def match(
+    known: Sequence[Position],
+    seen: Iterable[SeenFile],
+    look: Look,
+    *,
+    complete: bool,
+    silent: Container[tuple[int, int]] = (),
+    tick: Callable[[], None] = lambda: None,
+) -> Matching:
     """Match all generations of a source with the files of one scan.
 
     complete: the scan saw every directory it should have; otherwise nothing is ended, matched by content, or new
-    where it could be the content of a generation that is out of sight.
+    where it could be the content of a generation that is out of sight. silent: locators of files that are gone from the
+    directories and have not changed for a while. tick: called between two looks at files, which may be many.
     """
     result = Matching()
     files = {file.locator: file for file in seen}
@@ -60,21 +113,26 @@ def match(known: Sequence[Position], seen: Iterable[SeenFile], judge: Judge, *, 
         if file is None:
             loose.append(position)
             continue
-        reason = _judge_holder(position, file, judge, result)
+        tick()
+        reason = _judge_holder(position, file, look, result)
         if reason is not None:
             displaced[position.file_id] = reason
             loose.append(position)
             files[position.locator] = file
-    _match_by_content(loose, files, judge, result, complete=complete)
-    _sort_out_copies(known, files, judge, result)
-    _settle_the_rest(loose, displaced, files, judge, result, complete=complete)
+    if files or displaced:
+        agreeing = _agreeing(known, files, displaced, look, tick)
+        if complete:
+            _match_by_content(loose, files, agreeing, result)
+            _hand_over(known, files, agreeing, look, silent, result)
+        _sort_out_copies(loose, files, agreeing, look, result, complete=complete)
+    _settle_the_rest(loose, displaced, files, look, result, complete=complete)
     return result
 
 
-def _judge_holder(position: Position, file: SeenFile, judge: Judge, result: Matching) -> GapReason | None:
+def _judge_holder(position: Position, file: SeenFile, look: Look, result: Matching) -> GapReason | None:
     """Step 1 for one generation whose locator is in sight; returns why its content is no longer there."""
     superseded = position.state is FileState.FINAL and position.blocked_reason is None
-    verdict = judge(position, file)
+    verdict = look.judge(position, file)
     if verdict is Verdict.AGREES:
         result.kept[position.file_id] = file
     elif verdict is Verdict.UNREADABLE:
@@ -82,23 +140,51 @@ def _judge_holder(position: Position, file: SeenFile, judge: Judge, result: Matc
     elif verdict is Verdict.PAST_END and not superseded:
         result.blocked[position.file_id] = BlockReason.OFFSET_PAST_END
         result.unread.append(file)
-    elif verdict is Verdict.SHRUNK:
+    elif verdict in (Verdict.SHRUNK, Verdict.CUT):
         return GapReason.TRUNCATED
     else:
         return GapReason.REGROWN if file.path == position.path else GapReason.INODE_REUSED
     return None
 
 
+def _agreeing(
+    known: Sequence[Position],
+    files: Mapping[tuple[int, int], SeenFile],
+    displaced: Container[int],
+    look: Look,
+    tick: Callable[[], None],
+) -> Agreeing:
+    """Compare every file that no generation holds with the generations that begin like it."""
+    by_head = _ByHead(known)
+    found: dict[tuple[int, int], dict[int, Verdict]] = {}
+    for locator, file in files.items():
+        tick()
+        verdicts: dict[int, Verdict] = {}
+        for position in by_head.alike(look.head(file)):
+            tick()
+            if position.locator == locator and position.file_id in displaced:
+                continue  # it was judged as the holder, and is not
+            verdict = look.judge(position, file)
+            if verdict in (Verdict.AGREES, Verdict.CUT):
+                verdicts[position.file_id] = verdict
+        found[locator] = verdicts
+    return found
+
+
 def _match_by_content(
-    loose: Sequence[Position], files: dict[tuple[int, int], SeenFile], judge: Judge, result: Matching, *, complete: bool
+    loose: Sequence[Position], files: dict[tuple[int, int], SeenFile], agreeing: Agreeing, result: Matching
 ) -> None:
     """Step 2. Only after a complete scan: the original may be in the directory that could not be seen."""
-    if not complete:
-        return
-    for position in sorted(loose, key=lambda p: (-p.committed_offset, p.file_id)):
-        if position.committed_offset == 0:
-            continue
-        candidates = [file for file in files.values() if file.named and judge(position, file) is Verdict.AGREES]
+    claims: dict[int, list[SeenFile]] = {}
+    for locator, verdicts in agreeing.items():
+        for file_id, verdict in verdicts.items():
+            if verdict is Verdict.AGREES:
+                claims.setdefault(file_id, []).append(files[locator])
+    claimants = [position for position in loose if position.file_id in claims]
+    for position in sorted(claimants, key=lambda p: (p.state is FileState.FINAL, -p.committed_offset, p.file_id)):
+        found = [file for file in claims[position.file_id] if file.locator in files]
+        # what is only held open counts where no directory shows another one
+        candidates = [file for file in found if file.listed] or found
         if len(candidates) == 1:
             result.matched[position.file_id] = candidates[0]
         elif candidates:
@@ -108,44 +194,113 @@ def _match_by_content(
             del files[file.locator]
 
 
+def _hand_over(
+    known: Sequence[Position],
+    files: dict[tuple[int, int], SeenFile],
+    agreeing: Agreeing,
+    look: Look,
+    silent: Container[tuple[int, int]],
+    result: Matching,
+) -> None:
+    """Step 3 for an original that is gone from the directories: one longer file with its content has replaced it."""
+    by_id = {position.file_id: position for position in known}
+    successors: dict[int, list[SeenFile]] = {}
+    for locator, verdicts in agreeing.items():
+        file = files.get(locator)
+        for file_id in verdicts:
+            original = result.kept.get(file_id)
+            if file is not None and original is not None and not original.listed and file.size > original.size:
+                successors.setdefault(file_id, []).append(file)
+    for file_id, found in successors.items():
+        original = result.kept[file_id]
+        if len(found) > 1 or found[0].locator not in files:
+            continue
+        if original.locator in silent and look.same_rest(by_id[file_id], original, found[0]):
+            del result.kept[file_id], files[found[0].locator]
+            result.matched[file_id] = found[0]
+            result.replaced.append(original)
+        else:
+            result.longer.append(found[0])
+
+
 def _sort_out_copies(
-    known: Sequence[Position], files: dict[tuple[int, int], SeenFile], judge: Judge, result: Matching
+    loose: Sequence[Position],
+    files: dict[tuple[int, int], SeenFile],
+    agreeing: Agreeing,
+    look: Look,
+    result: Matching,
+    *,
+    complete: bool,
 ) -> None:
     """Step 3. Where the generation is blocked, unreadable or out of sight, its content elsewhere is not read either."""
-    content = [position for position in known if position.committed_offset > 0]
+    held = {**result.kept, **result.matched}
+    unclaimed = {position.file_id for position in loose} - result.blocked.keys() - held.keys() if complete else set()
     for locator, file in list(files.items()):
-        agreeing = [position.file_id for position in content if judge(position, file) is Verdict.AGREES]
-        if agreeing:
-            held = any(file_id in result.kept or file_id in result.matched for file_id in agreeing)
-            (result.copies if held else result.unread).append(files.pop(locator))
+        originals = [held[file_id] for file_id in agreeing[locator] if file_id in held]
+        if originals and complete and all(_is_longer(file, original, look) for original in originals):
+            continue
+        # a copy that lacks bytes which were seen, of a generation that is gone: read from 0, like any other file
+        if agreeing[locator].keys() <= unclaimed:
+            continue
+        (result.copies if originals else result.unread).append(files.pop(locator))
+
+
+def _is_longer(file: SeenFile, original: SeenFile, look: Look) -> bool:
+    """Whether a file has more than its original, which may have grown since it was listed."""
+    try:
+        return original.listed and file.size > look.size(original)
+    except OSError:
+        return False
 
 
 def _settle_the_rest(
     loose: Sequence[Position],
     displaced: dict[int, GapReason],
     files: dict[tuple[int, int], SeenFile],
-    judge: Judge,
+    look: Look,
     result: Matching,
     *,
     complete: bool,
 ) -> None:
     """Step 4: what is neither kept, matched nor blocked is missing or ended; what no generation claims is new."""
-    held = [*result.kept.values(), *result.matched.values(), *result.copies, *result.unread]
+    elsewhere = _found_elsewhere([p for p in loose if p.file_id in displaced], files, look, result) if complete else {}
     for position in loose:
         if position.file_id in result.matched or position.file_id in result.blocked:
             continue
         if position.file_id not in displaced:
-            result.missing.append(position.file_id)
+            result.missing.add(position.file_id)
         elif complete and position.state is not FileState.FINAL:
-            elsewhere = position.committed_offset > 0 and any(judge(position, file) is Verdict.AGREES for file in held)
-            result.ended[position.file_id] = None if elsewhere else lost(position, displaced[position.file_id])
+            result.ended[position.file_id] = lost(
+                position, displaced[position.file_id], found_to=elsewhere.get(position.file_id)
+            )
     # what stands where a generation stood is not new before that one has ended
     held_back = set() if complete else {p.locator for p in loose if p.file_id in displaced}
     for locator, file in files.items():
         (result.unread if locator in held_back else result.new).append(file)
 
 
-def lost(position: Position, reason: GapReason) -> Gap:
-    """The gap that declares a generation's unread rest. What was appended after our last look is unknown."""
+def _found_elsewhere(
+    displaced: Sequence[Position], new: Mapping[tuple[int, int], SeenFile], look: Look, result: Matching
+) -> dict[int, int]:
+    """The displaced generations whose content stands in a file of another one, or in a copy: up to which byte."""
+    if not displaced:
+        return {}
+    by_head = _ByHead(displaced)
+    found: dict[int, int] = {}
+    for file in (*result.kept.values(), *result.matched.values(), *result.copies, *result.unread, *new.values()):
+        for position in by_head.alike(look.head(file)):
+            if position.locator != file.locator and look.judge(position, file) in (Verdict.AGREES, Verdict.CUT):
+                found[position.file_id] = max(found.get(position.file_id, 0), file.size)
+    return found
+
+
+def lost(position: Position, reason: GapReason, *, found_to: int | None = None) -> Gap | None:
+    """The gap that declares a generation's unread rest. What was appended after our last look is unknown.
+
+    found_to: up to this byte its content stands in another file.
+    """
+    if found_to is not None:
+        start = max(position.committed_offset, found_to)
+        return Gap(position.file_id, start, position.size_seen, reason) if start < position.size_seen else None
     end = position.size_seen if position.size_seen > position.committed_offset else None
     return Gap(position.file_id, position.committed_offset, end, reason)

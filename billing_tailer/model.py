@@ -195,7 +195,7 @@ class Position:
 class SeenFile:
     """A regular file found by a scan. `path` is escaped (`files.escape_path`), `size` in bytes, times in nanoseconds.
 
-    named: False for a file that is only held open, because its last name was deleted.
+    listed: False for a file that no directory shows any more and that is only held open: deleted, or moved away.
     """
 
     path: str
@@ -204,7 +204,7 @@ class SeenFile:
     size: int
     mtime_ns: int = 0
     ctime_ns: int = 0
-    named: bool = True
+    listed: bool = True
 
     @property
     def locator(self) -> tuple[int, int]:
@@ -226,6 +226,8 @@ class Verdict(StrEnum):
     """What comparing a file with a position says."""
 
     AGREES = "agrees"
+    CUT = "cut"
+    """Agrees up to the offset, but ends before a byte that was seen and not committed."""
     SHRUNK = "shrunk"
     """Shorter than the offset, and the beginning is another one (or nothing is left)."""
     PAST_END = "past_end"

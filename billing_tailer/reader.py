@@ -29,7 +29,8 @@ class Limits:
 @dataclass(slots=True)
 class Batch:
     """What one round read. full: a bound was reached, so that there is probably more. streaming: an over-long line was
-    read on. surprised: a file was not what its position says; look again. unreadable: paths that could not be read."""
+    read on. surprised: a file was not what its position says; look again. unreadable: what could not be read, in words.
+    """
 
     works: list[FileWork]
     full: bool = False
@@ -48,12 +49,14 @@ class Reader:
         self._limits = limits
         self._rows: dict[int, OpenRow] = {}
         self._long_lines: dict[int, LongLine] = {}
+        self._half_lines: dict[int, tuple[int, int]] = {}
         self._turn = 0
 
     def forget(self) -> None:
         """After any doubt about what is committed: begin new rows, scan over-long lines from their start."""
         self._rows.clear()
         self._long_lines.clear()
+        self._half_lines.clear()
 
     def adopt(self, work: FileWork, counts: Mapping[str, int]) -> None:
         """The work is committed, with these counts in its row: the row may grow from here."""
@@ -93,7 +96,12 @@ class Reader:
         """Files with bytes that were not looked at, beginning after the one that had the last turn."""
         ids = sorted(followed, key=lambda file_id: (file_id <= self._turn, file_id))
         pairs = ((places[file_id], self._fresh(followed[file_id])) for file_id in ids)
-        return [(position, file) for position, file in pairs if file.size > self._looked_at(position)]
+        return [
+            (position, file)
+            for position, file in pairs
+            # shorter than what was looked at: to be seen, too
+            if file.size > position.committed_offset and file.size != self._looked_at(position)
+        ]
 
     def _fresh(self, file: SeenFile) -> SeenFile:
         """The file with its size at this moment, where it is held open: scans of many files may be seconds apart."""
@@ -102,7 +110,10 @@ class Reader:
 
     def _looked_at(self, position: Position) -> int:
         line = self._long_lines.get(position.file_id)
-        return position.committed_offset if line is None else line.start_offset + line.scanned
+        if line is not None:
+            return line.start_offset + line.scanned
+        offset, size = self._half_lines.get(position.file_id, (-1, 0))
+        return size if offset == position.committed_offset else position.committed_offset
 
     def _work_on(
         self, position: Position, file: SeenFile, row: OpenRow | None, share: int, lines_max: int, batch: Batch
@@ -114,15 +125,21 @@ class Reader:
         if not isinstance(chunk, Verdict) and len(chunk.data) == share <= line_max and b"\n" not in chunk.data:
             chunk = self._files.read(position, file, line_max + 1)  # the share is smaller than one line
         if isinstance(chunk, Verdict):
-            batch.surprised = True
             if chunk is Verdict.UNREADABLE:
                 batch.unreadable += (f"{file.path}: cannot be read",)
+            else:
+                batch.surprised = True
             return None
         parse = self._parser_of(position.path)
         work = take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=line_max)
         if work is None and len(chunk.data) > line_max:
             self._long_lines[position.file_id] = LongLine(position.committed_offset, tail=chunk.context)
             batch.streaming = True
+        elif work is None:
+            self._half_lines[position.file_id] = (
+                position.committed_offset,
+                position.committed_offset + len(chunk.data),
+            )
         return work
 
     def _stream(self, position: Position, file: SeenFile, batch: Batch) -> FileWork | None:
@@ -130,14 +147,13 @@ class Reader:
         line = self._long_lines[position.file_id]
         at = line.start_offset + line.scanned
         try:
-            data = self._files.read_at(file, at, LONG_LINE_CHUNK_BYTES)
-        except OSError:
-            data = b""
-        if (
-            not data
-            or line.start_offset != position.committed_offset
-            or not self._files.still_agrees(position, file, at + len(data))
-        ):
+            data = self._files.read_at(file, at - len(line.tail), len(line.tail) + LONG_LINE_CHUNK_BYTES)
+        except OSError as error:
+            batch.unreadable += (f"{file.path}: cannot be read at byte {at}: {error.strerror}",)
+            return None
+        known, data = data[: len(line.tail)], data[len(line.tail) :]
+        changed = known != line.tail or line.start_offset != position.committed_offset
+        if not data or changed or not self._files.still_agrees(position, file):
             del self._long_lines[position.file_id]
             batch.surprised = True
             return None

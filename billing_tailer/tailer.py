@@ -30,6 +30,7 @@ from billing_tailer.wake import Wake
 
 CHECK_SECONDS = 2.0
 """How often the loop asks Postgres what operators did, and at least shows that it is alive."""
+FAILURE_WAIT_SECONDS_MAX = 1.0
 SHOW_SECONDS = 1.0
 TIDY_SECONDS = 60.0
 
@@ -69,9 +70,10 @@ class Tailer:
         self._next_tidy = 0.0
         self._committer = ThreadPoolExecutor(1, "commit")
         self._ahead: Batch | None = None
+        self._failures = 0
         self._next_show = 0.0
         self._next_check = 0.0
-        self._last_reset: datetime | None = None
+        self._last_reset: tuple[int, datetime | None] = (0, None)
 
     # --- the loop
 
@@ -91,13 +93,19 @@ class Tailer:
             if self._ledger.state is not LedgerState.ACTIVE and not self._become_owner():
                 return True
             try:
-                return self._round()
+                more = self._round()
             except PositionMoved as error:
                 self._adopt_reset_or_leave(error)
+            else:
+                self._failures = 0
+                return more
         except LedgerUnavailable as error:
             self._events.commit_failed(reason_of(error), error.message)
             self._ledger.lost(error)
             self._ahead = None
+            # connecting may work where writing does not: a replica, a full disk
+            self._stop.wait(min(FAILURE_WAIT_SECONDS_MAX, 0.05 * 2**self._failures))
+            self._failures = min(self._failures + 1, 10)
         return True
 
     def _become_owner(self) -> bool:
@@ -132,8 +140,10 @@ class Tailer:
         """Look, read, commit; True if there may be more to do at once."""
         self._ledger.ping()
         if time.monotonic() >= self._next_check:
-            self._next_check = time.monotonic() + CHECK_SECONDS
-            self._look_what_operators_did()
+            try:
+                self._look_what_operators_did()
+            finally:  # however long it took, and even if it failed: the log comes first
+                self._next_check = time.monotonic() + CHECK_SECONDS
         self._wake.watch(self._files.directories())
         self._follower.scan_if_due()
         # a file is first read in the round after the one that registered it: a reset comes before that
@@ -142,8 +152,8 @@ class Tailer:
             self._load()
             return True
         batch = self._next_batch()
-        if batch.surprised:
-            self._follower.scan_soon()
+        if batch.surprised or batch.unreadable:
+            self._follower.scan_soon(at_leisure=not batch.surprised)
         self._health.say("reading", batch.unreadable)
         if batch.works:
             self._commit(batch)
@@ -206,18 +216,22 @@ class Tailer:
         try:
             committed = committing.result()
         except RowRejected as error:
-            plan, ahead = self._without_refused(plan, error), None
-            committed = self._ledger.commit(plan)
+            sifted, ahead = self._without_refused(plan, error), None
+            if sifted is None:
+                self._follower.scan_soon()
+                return
+            plan, committed = sifted, self._ledger.commit(sifted)
         self._adopt(plan, sound, committed)
         # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
 
     def _still_sound(self, work: FileWork) -> bool:
         position = work.step.position
-        return self._files.still_agrees(position, self._follower.followed[position.file_id], work.step.end_offset)
+        return self._files.still_agrees(position, self._follower.followed[position.file_id], work.step.after())
 
-    def _without_refused(self, plan: Plan, error: RowRejected) -> Plan:
-        """Postgres refused a row: find it, and let it cost one dead letter instead of the batch."""
+    def _without_refused(self, plan: Plan, error: RowRejected) -> Plan | None:
+        """Postgres refused a row: find it, and let it cost one dead letter instead of the batch. None where its line is
+        gone meanwhile: the file is to be looked at again."""
         found = self._ledger.find_refused(plan)
         if not found:
             raise TailerError(
@@ -228,7 +242,12 @@ class Tailer:
         for index, words in found.items():
             fact = plan.facts[index]
             file = self._follower.followed[fact.file_id]
-            line = self._files.read_at(file, fact.start_offset, fact.end_offset - fact.start_offset)
+            try:
+                line = self._files.read_at(file, fact.start_offset, fact.end_offset - fact.start_offset)
+            except OSError:
+                return None
+            if line.find(b"\n") != fact.end_offset - fact.start_offset - 1:
+                return None
             letters[index] = refused(fact, line, words)
         return without_refused(plan, letters)
 

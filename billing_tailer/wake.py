@@ -4,8 +4,10 @@ inotify misses remote writers, overlay file systems' lower layers and queue over
 (tests/test_wake.py).
 """
 
+import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from watchdog.events import (
     FileCreatedEvent,
@@ -16,7 +18,7 @@ from watchdog.events import (
     FileSystemEventHandler,
 )
 from watchdog.observers import Observer
-from watchdog.observers.api import BaseObserver
+from watchdog.observers.api import BaseObserver, ObservedWatch
 
 # reading makes events of its own (opened, closed): only what a writer or a rotation does may wake us
 _EVENTS: list[type[FileSystemEvent]] = [FileModifiedEvent, FileCreatedEvent, FileMovedEvent, FileDeletedEvent]
@@ -25,10 +27,12 @@ _EVENTS: list[type[FileSystemEvent]] = [FileModifiedEvent, FileCreatedEvent, Fil
 class Wake(FileSystemEventHandler):
     """An event that file system events set, and that the loop waits for."""
 
-    def __init__(self) -> None:
+    def __init__(self, concerns: Callable[[str], bool] = lambda _: True) -> None:
+        """concerns: whether a path is of interest; what happens to other files in the same directories is not."""
+        self._concerns = concerns
         self._event = threading.Event()
         self._observer: BaseObserver | None = None
-        self._watched: set[str] = set()
+        self._watched: dict[str, tuple[tuple[int, int], ObservedWatch]] = {}
         self.trouble: str | None = None
 
     def start(self) -> None:
@@ -42,21 +46,30 @@ class Wake(FileSystemEventHandler):
             self._observer = observer
 
     def watch(self, directories: Iterable[str]) -> None:
-        """Watch further directories, none of them twice; what cannot be watched is tried again next time."""
+        """Watch these directories, also those that were made anew under the same name; what cannot be watched is tried
+        again next time."""
         if self._observer is None:
             return
         troubles = []
-        for directory in sorted(set(directories) - self._watched):
+        for directory in directories:
             try:
-                self._observer.schedule(self, directory, event_filter=_EVENTS)
-                self._watched.add(directory)
+                status = Path(directory).stat()
+                identity = (status.st_dev, status.st_ino)
+                known = self._watched.get(directory)
+                if known is not None and known[0] == identity:
+                    continue
+                if known is not None:
+                    del self._watched[directory]
+                    self._observer.unschedule(known[1])
+                self._watched[directory] = (identity, self._observer.schedule(self, directory, event_filter=_EVENTS))
             except OSError as error:
                 troubles.append(f"{directory}: {error}")
         self.trouble = "; ".join(troubles) or None
 
-    def on_any_event(self, _event: FileSystemEvent) -> None:
+    def on_any_event(self, event: FileSystemEvent) -> None:
         """watchdog's thread: only note it, and act at the loop's own pace."""
-        self._event.set()
+        if self._concerns(os.fsdecode(event.src_path)) or self._concerns(os.fsdecode(event.dest_path)):
+            self._event.set()
 
     def set(self) -> None:
         """Wake the loop for another reason."""

@@ -94,7 +94,10 @@ STATES: Mapping[StrEnum, str] = {
     FileState.ROTATED: "seen under another name, or deleted and still held open",
     FileState.MISSING: "not in sight, which proves nothing: position and facts stay as they are",
     FileState.BLOCKED: "not read until an operator decides",
-    FileState.FINAL: "its content is gone from its place: nothing more is read, unless it appears again",
+    FileState.FINAL: (
+        "its content is gone from its place, or it was deleted, committed and silent for a day: nothing more is read, "
+        "unless it appears again"
+    ),
 }
 EXIT_CODES: Mapping[int, str] = {
     0: "done; for `run`: ended by SIGTERM or SIGINT",

@@ -160,7 +160,7 @@ def test_scan(logs: LogFiles, tmp_path: Path) -> None:
     for name in ("audit.jsonl", "audit.jsonl.1", "other", ".audit"):
         (tmp_path / name).write_bytes(name.encode())
     scan = logs.scan()
-    assert [(Path(file.path).name, file.size, file.named) for file in scan.files] == [
+    assert [(Path(file.path).name, file.size, file.listed) for file in scan.files] == [
         ("audit.jsonl", 11, True),
         ("audit.jsonl.1", 13, True),
     ]
@@ -351,7 +351,7 @@ def test_unreadable_file_later_readable(open_dir: Path) -> None:
             assert logs.scan().complete  # it is there, and may be looked at
             assert logs.judge(position, file) is Verdict.UNREADABLE
             assert logs.read(position, file, 100) is Verdict.UNREADABLE
-            assert not logs.still_agrees(position, file, 2)
+            assert not logs.still_agrees(position, file)
         log.chmod(0o444)
         with unprivileged():
             assert logs.judge(position, seen_at(logs, log)) is Verdict.AGREES
@@ -386,7 +386,7 @@ CHANGES: list[tuple[str, Callable[[Path], object], Verdict]] = [
     ("nothing", lambda path: None, Verdict.AGREES),
     ("append", lambda path: append(path, b"more"), Verdict.AGREES),
     ("rest rewritten", lambda path: overwrite(path, OFFSET, b"other"), Verdict.AGREES),
-    ("rest cut off", lambda path: os.truncate(path, OFFSET), Verdict.AGREES),
+    ("rest cut off", lambda path: os.truncate(path, OFFSET), Verdict.CUT),
     ("renamed", lambda path: path.rename(f"{path}.1"), Verdict.AGREES),
     ("to 0", lambda path: os.truncate(path, 0), Verdict.SHRUNK),
     ("to the middle", lambda path: os.truncate(path, OFFSET - 1), Verdict.PAST_END),
@@ -422,7 +422,7 @@ def test_verdict(
     assert logs.judge(position, now) is expected
     # a read looks at the last 4 KiB only, and leaves the head to the scans
     frontier, rest = (Path(now.path).read_bytes()[part] for part in (slice(OFFSET - 4096, OFFSET), slice(OFFSET, None)))
-    if frontier == CONTENT[OFFSET - 4096 : OFFSET]:
+    if frontier == CONTENT[OFFSET - 4096 : OFFSET] and expected is not Verdict.CUT:
         assert logs.read(position, now, 100) == Chunk(frontier, rest[:100], now.size)
     else:
         assert logs.read(position, now, 100) is expected
@@ -436,8 +436,10 @@ def test_verdict(
         (0, 3, b"abc", Verdict.AGREES),
         (0, 3, b"ab", Verdict.SHRUNK),
         (0, 3, b"", Verdict.SHRUNK),
-        (3, 9, b"abc", Verdict.AGREES),
-        (3, 9, b"abcd", Verdict.AGREES),
+        (3, 3, b"abc", Verdict.AGREES),
+        (3, 4, b"abcd", Verdict.AGREES),
+        (3, 9, b"abc", Verdict.CUT),
+        (3, 9, b"abcd", Verdict.CUT),
         (3, 9, b"", Verdict.SHRUNK),
         (3, 9, b"x", Verdict.SHRUNK),
         (3, 9, b"a", Verdict.PAST_END),
@@ -542,7 +544,7 @@ def test_each_head_has_its_own_verdict(logs: LogFiles, tmp_path: Path, monkeypat
     other, _ = followed(logs, tmp_path / "audit.2", b"two\n" + b"same\n" * 1000, 5004)
     assert one.frontier_sha256 == other.frontier_sha256
     assert logs.judge(one, file) is Verdict.AGREES
-    assert logs.judge(other, file) is Verdict.DIFFERS
+    assert logs.judge(replace(other, file_id=2), file) is Verdict.DIFFERS
 
 
 # --- reads -----------------------------------------------------------------------------------------------------------
@@ -586,7 +588,7 @@ def test_read_is_verified_on_its_own_descriptor(logs: LogFiles, tmp_path: Path) 
     log.write_bytes(b"xyz\nnew\n")
     append(tmp_path / "audit.1", b"two\n")
     assert logs.read(position, file, 100) == Chunk(b"one\n", b"two\n", 8)
-    assert logs.still_agrees(position, file, 8)
+    assert logs.still_agrees(position, file, position_of(logs, file, 8))
 
 
 @pytest.mark.parametrize("instead", ["file", "nothing", "fifo", "directory"])
@@ -603,7 +605,7 @@ def test_renamed_between_scan_and_open(logs: LogFiles, tmp_path: Path, instead: 
         log.mkdir()
     assert logs.read(position, file, 100) is Verdict.UNREADABLE
     assert logs.judge(position, file) is Verdict.UNREADABLE
-    assert not logs.still_agrees(position, file, 4)
+    assert not logs.still_agrees(position, file)
     for raises in (lambda: logs.size(file), lambda: logs.read_at(file, 0, 1), lambda: logs.place_at(file, 0)):
         with pytest.raises(OSError, match=r"name|No such|taken"):
             raises()
@@ -614,21 +616,25 @@ def test_still_agrees(logs: LogFiles, tmp_path: Path) -> None:
     log = tmp_path / "audit"
     position, file = followed(logs, log, CONTENT, OFFSET)
     end = OFFSET + 2 * LINE
-    assert logs.still_agrees(position, file, end)
+    after = position_of(logs, file, end)
+    assert logs.still_agrees(position, file, after)
     append(log, b"more\n")
-    assert logs.still_agrees(position, file, end)
+    assert logs.still_agrees(position, file, after)
     os.truncate(log, end)
-    assert logs.still_agrees(position, file, end)
+    assert logs.still_agrees(position, file, after)
     os.truncate(log, end - 1)
-    assert not logs.still_agrees(position, file, end)
+    assert not logs.still_agrees(position, file, after)
+    os.truncate(log, end)  # the last byte is another one now
+    assert logs.still_agrees(position, file)
+    assert not logs.still_agrees(position, file, after)
 
 
 @pytest.mark.parametrize("content", [b"", fixed_width(400, 900), fixed_width(0, 21) + fixed_width(500, 600)])
 def test_truncated_between_read_and_commit(logs: LogFiles, tmp_path: Path, content: bytes) -> None:
     position, file = followed(logs, tmp_path / "audit", CONTENT, OFFSET)
-    assert isinstance(logs.read(position, file, 2 * LINE), Chunk)
+    after = position_of(logs, file, OFFSET + 2 * LINE)
     (tmp_path / "audit").write_bytes(content)
-    assert not logs.still_agrees(position, file, OFFSET + 2 * LINE)
+    assert not logs.still_agrees(position, file, after)
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
@@ -683,10 +689,10 @@ def test_deleted_file_stays_readable(logs: LogFiles, tmp_path: Path) -> None:
         log.unlink()
         writer.write(b"two\n")
         (held,) = logs.scan().files
-        assert (held.locator, held.path, held.size, held.named) == (file.locator, str(log), 8, False)
+        assert (held.locator, held.path, held.size, held.listed) == (file.locator, str(log), 8, False)
         assert logs.judge(position, held) is Verdict.AGREES
         assert logs.read(position, held, 100) == Chunk(b"one\n", b"two\n", 8)
-        assert logs.still_agrees(position, held, 8)
+        assert logs.still_agrees(position, held, position_of(logs, held, 8))
     logs.release(file.locator)
     assert logs.scan().files == ()
     assert logs.held_size(file.locator) is None
@@ -698,7 +704,7 @@ def test_held_beside_what_took_its_name(logs: LogFiles, tmp_path: Path) -> None:
     position, file = followed(logs, log, b"one\n", 4)
     log.unlink()
     log.write_bytes(b"new\n")
-    assert {(seen.size, seen.named) for seen in logs.scan().files} == {(4, True), (4, False)}
+    assert {(seen.size, seen.listed) for seen in logs.scan().files} == {(4, True), (4, False)}
     assert isinstance(logs.read(position, file, 100), Chunk)
 
 

@@ -36,7 +36,18 @@ class Disk:
             return Verdict.PAST_END if content and head.startswith(content) else Verdict.SHRUNK
         if offset == 0 and len(content) < position.size_seen:
             return Verdict.SHRUNK
-        return Verdict.AGREES if content[:offset] == head else Verdict.DIFFERS
+        if content[:offset] != head:
+            return Verdict.DIFFERS
+        return Verdict.CUT if len(content) < position.size_seen else Verdict.AGREES
+
+    def head(self, file: SeenFile) -> bytes:
+        return b"" if file.inode in self.unreadable else self.files[file.inode][1]
+
+    def size(self, file: SeenFile) -> int:
+        return len(self.files[file.inode][1])
+
+    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool:
+        return self.files[other.inode][1].startswith(self.files[one.inode][1])
 
 
 def known(
@@ -90,7 +101,7 @@ def matched(
     unreadable: Iterable[int] = (),
 ) -> dict[str, Any]:
     disk = Disk(files, frozenset(unreadable))
-    return told(match(list(positions), disk.seen(), disk.judge, complete=complete))
+    return told(match(list(positions), disk.seen(), disk, complete=complete))
 
 
 def gap(file_id: int, start: int, end: int | None, reason: GapReason) -> dict[int, Gap]:
@@ -217,7 +228,7 @@ def test_several_candidates_block() -> None:
 
 def test_ambiguity_spares_new_content_at_the_path() -> None:
     files = {7: ("log", b"xyz"), 8: ("log.1", b"abcd"), 9: ("log.2", b"abce")}
-    found = matched([known(1, b"abc", 7, size=9)], files)
+    found = matched([known(1, b"abc", 7, size=4)], files)
     assert found == {"blocked": {1: BlockReason.AMBIGUOUS}, "copies": [8, 9], "new": [7]}
 
 
@@ -227,11 +238,69 @@ def test_nothing_committed_is_no_content() -> None:
     assert matched([known(1, b"", 7)], {7: ("log", b"abc")}) == {"kept": {1: 7}}
 
 
-def test_a_file_without_a_name_is_nobodys_copy() -> None:
-    """It is held open for a generation of its own: another one does not move into it, and it is not read twice."""
-    held = [SeenFile("log", 1, 8, 4, named=False)]
-    found = match([known(1, b"abc", 7)], held, Disk({8: ("log", b"abcd")}).judge, complete=True)
-    assert told(found) == {"missing": [1], "unread": [8]}
+def told_of(positions: list[Position], files: list[SeenFile], disk: Disk, silent: Iterable[int] = ()) -> dict[str, Any]:
+    found = match(positions, files, disk, complete=True, silent={(1, inode) for inode in silent})
+    return told(found) | {
+        key: [f.inode for f in getattr(found, key)] for key in ("replaced", "longer") if getattr(found, key)
+    }
+
+
+def gone(inode: int, size: int) -> SeenFile:
+    """A file that no directory shows any more."""
+    return SeenFile("log", 1, inode, size, listed=False)
+
+
+def test_a_file_that_is_only_held_open_counts_where_no_other_does() -> None:
+    disk = Disk({8: ("log", b"abcd"), 9: ("log.1", b"abce")})
+    lost_sight = [known(1, b"abc", 7)]
+    assert told_of(lost_sight, [gone(8, 4)], disk) == {"matched": {1: 8}}
+    assert told_of(lost_sight, [gone(8, 4), SeenFile("log.1", 1, 9, 4)], disk) == {"matched": {1: 9}, "copies": [8]}
+    both_gone = told_of(lost_sight, [gone(8, 4), gone(9, 4)], disk)
+    assert both_gone == {"blocked": {1: BlockReason.AMBIGUOUS}, "copies": [8, 9]}
+
+
+@pytest.mark.parametrize("content", [b"abc", b"abcX", b"abcdX"])
+def test_a_longer_copy_of_a_listed_file_is_read_for_itself(content: bytes) -> None:
+    """What it has beyond its original nobody else has; what both have are replays."""
+    files = {7: ("log.1", b"abcd"), 8: ("log", content)}
+    expected = {"kept": {1: 7}, "new": [8]} if len(content) > 4 else {"kept": {1: 7}, "copies": [8]}
+    assert matched([known(1, b"abc", 7)], files) == expected
+
+
+def test_the_original_may_have_grown_since_it_was_listed() -> None:
+    disk = Disk({7: ("log", b"abcde"), 8: ("copy", b"abcde")})
+    seen = [SeenFile("log", 1, 7, 3), SeenFile("copy", 1, 8, 5)]
+    assert told(match([known(1, b"abc", 7)], seen, disk, complete=True)) == {"kept": {1: 7}, "copies": [8]}
+
+
+def test_a_longer_copy_replaces_a_file_that_is_gone_and_silent() -> None:
+    disk = Disk({7: ("log", b"abcd"), 8: ("log", b"abcde"), 9: ("log", b"abcXe")})
+    positions = [known(1, b"abc", 7)]
+    original, copy = gone(7, 4), SeenFile("log", 1, 8, 5)
+    assert told_of(positions, [original, copy], disk, silent=[7]) == {"matched": {1: 8}, "replaced": [7]}
+    assert told_of(positions, [original, copy], disk) == {"kept": {1: 7}, "copies": [8], "longer": [8]}
+    # another rest than the original's, which is still to be read
+    assert told_of(positions, [original, SeenFile("log", 1, 9, 5)], disk, silent=[7])["kept"] == {1: 7}
+    # two of them: nobody knows which one replaced it
+    two = {"kept": {1: 7}, "copies": [8, 9]}
+    assert told_of(positions, [original, copy, SeenFile("log.1", 1, 9, 5)], disk, silent=[7]) == two
+
+
+def test_bytes_that_were_seen_and_cut_away() -> None:
+    """The rest of the generation is lost; what the file has now is read as another one, from 0."""
+    found = matched([known(1, b"abc", 7, size=9)], {7: ("log", b"abcde")})
+    assert found == {"ended": gap(1, 3, 9, GapReason.TRUNCATED), "new": [7]}
+
+
+def test_a_copy_that_lacks_bytes_which_were_seen() -> None:
+    """Of a file that was truncated: what stands in the copy is not lost."""
+    found = matched([known(1, b"abc", 7, size=9)], {7: ("log", b""), 8: ("log.1", b"abcde")})
+    assert found == {"ended": gap(1, 5, 9, GapReason.TRUNCATED), "new": [7, 8]}
+    # a copy that was made earlier is not read while its original is there
+    assert matched([known(1, b"abc", 7, size=5)], {7: ("log", b"abcde"), 8: ("copy", b"abc")}) == {
+        "kept": {1: 7},
+        "copies": [8],
+    }
 
 
 def test_a_copy_is_not_read() -> None:
@@ -328,14 +397,14 @@ def test_copy_of_an_unreadable_file_is_not_read(complete: bool) -> None:
 
 def test_no_gap_while_the_content_is_ambiguous() -> None:
     """Two generations of the same content, two files of it: what the one cannot decide, the other has not lost."""
-    positions = [known(1, b"abc", 7, size=9), known(2, b"abc", 6, size=9)]
+    positions = [known(1, b"abc", 7, size=4), known(2, b"abc", 6, size=4)]
     files = {6: ("log", b""), 7: ("log.3", b""), 8: ("log.1", b"abcd"), 9: ("log.2", b"abce")}
     found = matched(positions, files)
     assert found == {"blocked": {1: BlockReason.AMBIGUOUS}, "copies": [8, 9], "ended": {2: None}, "new": [6, 7]}
 
 
 def test_no_gap_while_the_content_is_in_a_blocked_file() -> None:
-    positions = [known(1, b"abc", 7), known(2, b"ab", 6, size=9)]
+    positions = [known(1, b"abc", 7), known(2, b"ab", 6, size=2)]
     found = matched(positions, {7: ("log", b"ab"), 6: ("log.1", b"")})
     assert found == {"blocked": {1: BlockReason.OFFSET_PAST_END}, "unread": [7], "ended": {2: None}, "new": [6]}
 
@@ -343,7 +412,7 @@ def test_no_gap_while_the_content_is_in_a_blocked_file() -> None:
 def test_hot_path_looks_once() -> None:
     """With nothing out of the ordinary each file is compared with its own position only."""
     disk = Disk({inode: (f"log.{inode}", bytes([inode])) for inode in range(1, 50)})
-    match([known(inode, bytes([inode]), inode) for inode in range(1, 50)], disk.seen(), disk.judge, complete=True)
+    match([known(inode, bytes([inode]), inode) for inode in range(1, 50)], disk.seen(), disk, complete=True)
     assert sorted(disk.looks) == [(inode, inode) for inode in range(1, 50)]
 
 
@@ -380,7 +449,7 @@ def generations(draw: Callable[..., Any]) -> list[Position]:
 @given(generations(), disks, st.booleans())
 def test_one_to_one(positions: list[Position], disk: Disk, complete: bool) -> None:
     """Every file is in exactly one list, every generation in at most one; only what agrees keeps a file_id."""
-    found = match(positions, disk.seen(), disk.judge, complete=complete)
+    found = match(positions, disk.seen(), disk, complete=complete)
     held = {**found.kept, **found.matched}
     files = Counter([*(f.inode for f in held.values()), *(f.inode for f in found.copies + found.unread + found.new)])
     assert files == Counter(disk.files.keys())
@@ -397,40 +466,48 @@ def test_one_to_one(positions: list[Position], disk: Disk, complete: bool) -> No
 @given(generations(), disks, st.booleans())
 def test_absence_ends_nothing(positions: list[Position], disk: Disk, complete: bool) -> None:
     """CANNOT_SEE_IS_NOT_GONE: what is out of sight, unreadable, or final already, is not ended."""
-    found = match(positions, disk.seen(), disk.judge, complete=complete)
+    found = match(positions, disk.seen(), disk, complete=complete)
     by_id = {position.file_id: position for position in positions}
     for file_id, lost_part in found.ended.items():
         position = by_id[file_id]
         assert position.state is not FileState.FINAL
         assert position.inode in disk.files
         assert position.inode not in disk.unreadable
-        assert disk.files[position.inode][1][: position.committed_offset] != position.head or not position.head
+        content = disk.files[position.inode][1]
+        cut = len(content) < position.size_seen
+        assert cut or content[: position.committed_offset] != position.head or not position.head
         if lost_part is not None:
-            assert lost_part.start_offset == position.committed_offset
+            assert lost_part.start_offset >= position.committed_offset
             agreeing = [file for file in disk.seen() if disk.judge(position, file) is Verdict.AGREES]
             assert not agreeing or position.committed_offset == 0
 
 
 @given(generations(), disks)
 def test_incomplete_scan(positions: list[Position], disk: Disk) -> None:
-    found = match(positions, disk.seen(), disk.judge, complete=False)
+    found = match(positions, disk.seen(), disk, complete=False)
     assert (found.ended, found.matched) == ({}, {})
 
 
 @given(generations(), disks, st.booleans())
 def test_known_content_is_not_new(positions: list[Position], disk: Disk, complete: bool) -> None:
-    """No file that agrees with what any generation has committed is read from its beginning."""
-    for file in match(positions, disk.seen(), disk.judge, complete=complete).new:
-        assert all(disk.judge(p, file) is not Verdict.AGREES for p in positions if p.committed_offset > 0)
+    """A file that agrees with what a generation has committed is read from its beginning only if it has more than the
+    file of that generation."""
+    found = match(positions, disk.seen(), disk, complete=complete)
+    held = {**found.kept, **found.matched}
+    for file in found.new:
+        for position in positions:
+            if position.committed_offset > 0 and disk.judge(position, file) is Verdict.AGREES:
+                assert complete
+                assert file.size > held[position.file_id].size
 
 
 @given(generations(), disks, st.booleans(), st.randoms(use_true_random=False))
 def test_order_does_not_matter(positions: list[Position], disk: Disk, complete: bool, shuffle: random.Random) -> None:
-    expected = told(match(positions, disk.seen(), disk.judge, complete=complete))
+    expected = told(match(positions, disk.seen(), disk, complete=complete))
     seen = disk.seen()
     shuffle.shuffle(seen)
     shuffle.shuffle(positions)
-    assert told(match(positions, seen, disk.judge, complete=complete)) == expected
+    assert told(match(positions, seen, disk, complete=complete)) == expected
 
 
 def applied(positions: list[Position], found: Matching) -> list[Position]:
@@ -465,6 +542,6 @@ def settled(found: Matching) -> Mapping[str, Any]:
 @given(generations(), disks)
 def test_a_second_look_changes_nothing(positions: list[Position], disk: Disk) -> None:
     """While the files stay as they are, nothing is registered, ended or moved twice."""
-    once = applied(positions, match(positions, disk.seen(), disk.judge, complete=True))
-    twice = match(once, disk.seen(), disk.judge, complete=True)
+    once = applied(positions, match(positions, disk.seen(), disk, complete=True))
+    twice = match(once, disk.seen(), disk, complete=True)
     assert settled(twice) == {}

@@ -92,6 +92,8 @@ def test_a_rewind_lands_at_the_start_of_its_row(dsn: str, log: Path) -> None:
             (False, None),
             (True, "seen"),
         ]
+        kept = "select sum(octet_length(raw)) as n from dead_letters"
+        assert rows(dsn, "select dead_letter_bytes as n from tail_files") == rows(dsn, kept)
         rig.tailer._load()
         rig.turn()
     assert outcomes(dsn) == {"fact": 10, "replayed": 20, "dead_letter": 3}

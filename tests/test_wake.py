@@ -1,5 +1,6 @@
 """Waking up: soon when a writer does something, not for what we do ourselves, and never a crash."""
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -171,3 +172,36 @@ def test_stop_ends_the_threads(log: Path) -> None:
     wake.stop()
     wake.stop()
     assert threading.active_count() == before
+
+
+def test_other_files_of_the_directory_do_not_wake(log: Path) -> None:
+    wake = Wake(LogFiles((f"{log.parent}/audit*.jsonl*",), 8).concerns)
+    wake.start()
+    try:
+        wake.watch([str(log.parent)])
+        quiet(wake)
+        append(log.parent / "access.log")
+        assert seconds_to_wake(wake, 0.3) >= 0.3
+        append(log)
+        assert seconds_to_wake(wake) < LONG_SECONDS
+        (log.parent / "access.log").rename(log.parent / "audit-2.jsonl")
+        assert seconds_to_wake(wake) < LONG_SECONDS
+    finally:
+        wake.stop()
+
+
+def test_a_directory_made_anew_is_watched_again(wake: Wake, tmp_path: Path) -> None:
+    directory = tmp_path / "logs"
+    for _ in range(3):
+        directory.mkdir()
+        wake.watch([str(directory)])
+        quiet(wake)
+        append(directory / "audit.jsonl")
+        assert seconds_to_wake(wake) < LONG_SECONDS
+        shutil.rmtree(directory)
+        wake.watch([str(directory)])
+        assert wake.trouble is not None
+        quiet(wake)
+    directory.mkdir()
+    wake.watch([str(directory)])
+    assert wake.trouble is None

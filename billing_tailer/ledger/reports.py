@@ -29,7 +29,7 @@ class Reports:
 
     def positions(self) -> list[Position]:
         """Every generation of the source, oldest first."""
-        return [position_of(row) for row in self._rows("positions")]
+        return [position_of(row) for row in self._rows("positions", after_file_id=0)]
 
     def totals(self) -> dict[str, int]:
         """Counts of facts, conflicts, open dead letters, gaps and known gap bytes."""

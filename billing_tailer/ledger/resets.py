@@ -71,7 +71,12 @@ def apply_reset(connection: Connection, source_id: str, reset: Reset) -> None:
         if moved.rowcount != 1:
             raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
         if reset.place.offset < position.committed_offset:
-            for name in ("delete_batches_from", "delete_gaps_from", "delete_open_dead_letters_from"):
+            for name in (
+                "delete_batches_from",
+                "delete_gaps_from",
+                "delete_open_dead_letters_from",
+                "recount_letter_bytes",
+            ):
                 connection.execute(query(name), place)
         elif reset.place.offset > position.committed_offset:
             gap = {

@@ -52,6 +52,7 @@ PING_SECONDS = 2.0
 IDLE_SECONDS = 12
 STANDBY_POLL_SECONDS = 0.5
 WAIT_SECONDS_MAX = 1.0
+LETTERS_COUNTED_MAX = 10_000
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
 
@@ -248,25 +249,30 @@ class Ledger:
 
     # --- positions
 
-    def positions(self) -> list[Position]:
-        """Every generation of the source, oldest first."""
+    def positions(self, after_file_id: int = 0) -> list[Position]:
+        """Every generation of the source, or those younger than one, oldest first."""
+        values = {"source_id": self.source_id, "after_file_id": after_file_id}
         with wrapped(), self._session.cursor(row_factory=dict_row) as cursor:
-            rows = cursor.execute(query("positions"), {"source_id": self.source_id}).fetchall()
-        return [position_of(row) for row in rows]
+            # row by row, and heads as bytes: thousands of generations would be in memory three times over
+            return [position_of(row) for row in cursor.stream(query("positions"), values, binary=True)]
 
     def apply(self, changes: Changes) -> None:
         """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
+        unfinished = [p for p in changes.updated if p.state is not FileState.FINAL]
         with wrapped(), self._session.transaction():
-            for gap in changes.gaps:
-                self._session.execute(query("insert_gap"), _gap(gap))
-            for position in changes.updated:
-                done = self._session.execute(query("update_file"), _place(position))
-                if done.rowcount != 1:
-                    raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
-                if position.state is not FileState.FINAL:
-                    # what was given up as lost has come back: it will be read, and must not stand as a gap too
-                    place = {"file_id": position.file_id, "offset": position.committed_offset}
-                    self._session.execute(query("delete_gaps_from"), place)
+            with self._session.pipeline():
+                cursor = self._session.cursor()
+                if unfinished:
+                    cursor.executemany(query("delete_gaps_of_revived"), [_place(p) for p in unfinished])
+                if changes.gaps:
+                    cursor.executemany(query("insert_gap"), [_gap(gap) for gap in changes.gaps])
+            moved = self._session.cursor()
+            if changes.updated:
+                moved.executemany(query("update_file"), [_place(position) for position in changes.updated])
+                if moved.rowcount != len(changes.updated):
+                    raise PositionMoved(
+                        f"{moved.rowcount} of {len(changes.updated)} files are where they were believed to be"
+                    )
             for file in changes.new:
                 self._insert_file(file)
 
@@ -292,9 +298,10 @@ class Ledger:
             self._session.execute(query("insert_gap"), _gap(Gap(row[0], 0, place.offset, GapReason.START_AT)))
 
     def open_dead_letters(self) -> int:
-        """How many dead letters of the source nobody has decided yet."""
+        """How many dead letters of the source nobody has decided yet, counted up to LETTERS_COUNTED_MAX."""
+        values = {"source_id": self.source_id, "count_max": LETTERS_COUNTED_MAX}
         with wrapped():
-            row = self._session.execute(query("open_dead_letters"), {"source_id": self.source_id}).fetchone()
+            row = self._session.execute(query("open_dead_letters"), values).fetchone()
         assert row is not None
         return int(row[0])
 
@@ -310,13 +317,13 @@ class Ledger:
         """Where the committed range that contains `offset` begins."""
         return range_start(self._session, position, offset)
 
-    def newest_reset(self) -> datetime | None:
-        """When an offset was last reset by an operator."""
+    def newest_reset(self) -> tuple[int, datetime | None]:
+        """How often offsets were reset by operators, and when last: their commits may come in another order than their
+        times."""
         with wrapped():
             row = self._session.execute(query("newest_reset"), {"source_id": self.source_id}).fetchone()
         assert row is not None
-        when: datetime | None = row[0]
-        return when
+        return row[0], row[1]
 
     # --- plans
 

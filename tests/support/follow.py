@@ -57,9 +57,10 @@ def following(
     limits = Limits(batch_lines_max=1000, batch_bytes_max=1 << 20, line_bytes_max=1 << 16)
     limits = replace(limits, **{key: value for key, value in changes.items() if key in _LIMITS})
     stop = threading.Event()
-    events, health, wake = Events(), Health(), Wake()
+    events, health = Events(), Health()
     globs = globs or (f"{directory}/audit*.jsonl*", f"{directory}/callbacks-*.jsonl")
     files = LogFiles(globs, changes.get("open_files_max", 256))
+    wake = Wake(files.concerns)
     ledger = Ledger(dsn, schema="billing", source_id=changes.get("source_id", "default"), stop=stop)
 
     def is_spool(path: str) -> bool:

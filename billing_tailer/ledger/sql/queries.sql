@@ -3,7 +3,7 @@
 -- name: positions
 select file_id, path, device, inode, generation, previous_file_id, head, committed_offset, frontier_sha256,
        frontier_bytes, size_seen, state, blocked_reason, dead_letter_bytes, first_seen_at, last_commit_at
-from tail_files where source_id = %(source_id)s order by file_id
+from tail_files where source_id = %(source_id)s and file_id > %(after_file_id)s order by file_id
 
 -- name: insert_file
 insert into tail_files (source_id, path, device, inode, generation, previous_file_id, head, committed_offset,
@@ -17,6 +17,12 @@ update tail_files
 set path = %(path)s, device = %(device)s, inode = %(inode)s, size_seen = %(size_seen)s, state = %(state)s,
     blocked_reason = %(blocked_reason)s
 where file_id = %(file_id)s and committed_offset = %(committed_offset)s
+
+-- name: delete_gaps_of_revived
+-- What was given up as lost has come back: it will be read, and must not stand as a gap too.
+delete from log_gaps
+where file_id = %(file_id)s and start_offset >= %(committed_offset)s
+  and (select state from tail_files where file_id = %(file_id)s) = 'final'
 
 -- name: insert_gap
 insert into log_gaps (file_id, start_offset, end_offset, reason)
@@ -108,7 +114,7 @@ from staged_facts where line_number = any(%(conflicts)s)
 on conflict do nothing
 
 -- name: newest_reset
-select max(applied_at) from offset_resets where source_id = %(source_id)s
+select count(*), max(applied_at) from offset_resets where source_id = %(source_id)s
 
 -- name: reset_by_id
 select source_id, path, requested, new_offset, applied_at from offset_resets where reset_id = %(reset_id)s
@@ -131,6 +137,11 @@ delete from tail_batches where file_id = %(file_id)s and start_offset >= %(offse
 
 -- name: delete_gaps_from
 delete from log_gaps where file_id = %(file_id)s and start_offset >= %(offset)s
+
+-- name: recount_letter_bytes
+update tail_files
+set dead_letter_bytes = (select coalesce(sum(octet_length(raw)), 0) from dead_letters where file_id = %(file_id)s)
+where file_id = %(file_id)s
 
 -- name: delete_open_dead_letters_from
 delete from dead_letters where file_id = %(file_id)s and start_offset >= %(offset)s and resolved_at is null
@@ -155,8 +166,11 @@ from dead_letters d join tail_files f using (file_id)
 where d.dead_letter_id = %(dead_letter_id)s
 
 -- name: open_dead_letters
-select count(*) from dead_letters d join tail_files f using (file_id)
-where f.source_id = %(source_id)s and d.resolved_at is null
+-- Asked every few seconds: counting millions of them would take longer than that.
+select count(*) from (
+    select from dead_letters d join tail_files f using (file_id)
+    where f.source_id = %(source_id)s and d.resolved_at is null limit %(count_max)s
+) letters
 
 -- name: totals
 with source as (select file_id from tail_files where source_id = %(source_id)s)
