@@ -14,16 +14,23 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from billing_tailer.errors import ConfigError
+from billing_tailer.gzipped import Archive, BrokenArchive, Content
 from billing_tailer.model import FRONTIER_BYTES_MAX, HEAD_BYTES_MAX, Place, Position, SeenFile, Verdict
 
 SETTLED_SECONDS = 2.0
 """A file's times tell two versions apart only if they are older than the clock's resolution, with room to spare."""
 JUDGED_MAX = 65536
 """Verdicts that are remembered."""
-COMPRESSED = (b".gz", b".bz2", b".xz", b".zst")
+COMPRESSED = (b".bz2", b".xz", b".zst")
+"""Never text, and not read."""
+ARCHIVE_SLICE_SECONDS = 0.008
+"""So long at a time gzip files are read through, beside the live log."""
+ARCHIVE_RETRY_SECONDS = 5.0
+SKIP_BYTES_MAX = 8 << 20
+"""So much of a gzip file is read again, at a time, to come to where reading goes on."""
 COMPARED_BYTES = 256 << 10
 TAIL_BYTES = 64 << 10
 """Step of the backward search for a newline."""
@@ -56,13 +63,16 @@ class Scan:
     """Everything one look at the directories saw.
 
     complete: every directory of every glob was listed, and every file that matches could be looked at. strays: names of
-    followed files that no glob matches. problems: in words, for /readyz.
+    followed files that no glob matches. problems: in words, for /readyz. broken: gzip files that cannot be read, too.
+    archives_unknown: gzip files that are not listed yet, because they have to be read through first.
     """
 
     files: tuple[SeenFile, ...]
     complete: bool
     problems: tuple[str, ...]
     strays: tuple[str, ...] = ()
+    broken: tuple[str, ...] = ()
+    archives_unknown: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +102,7 @@ class LogFiles:
         self._globs = [os.fsencode(pattern) for pattern in globs]
         self.open_files_max = open_files_max
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
+        self._archives: dict[tuple[int, int], tuple[SeenFile, Archive]] = {}
         self._judged: dict[tuple[int, int, int], tuple[tuple[int, ...], bytes, Verdict]] = {}
 
     # --- looking
@@ -118,10 +129,15 @@ class LogFiles:
                     f"mount the proxy's log volume at {os.fsdecode(root)} (read-only is enough), or name another glob",
                 ) from None
 
-    def scan(self, wanted: Collection[tuple[int, int]] = ()) -> Scan:
+    def scan(
+        self,
+        wanted: Collection[tuple[int, int]] = (),
+        committed: Callable[[tuple[int, int]], Position | None] = lambda _: None,
+    ) -> Scan:
         """List every directory of every glob.
 
-        wanted: locators that are followed; a file there is found whatever its name is.
+        wanted: locators that are followed; a file there is found whatever its name is. committed: the generation at a
+        locator that is committed to its end, if one is; a gzip file that is still that one is not read through again.
         """
         found: dict[tuple[int, int], SeenFile] = {}
         problems: list[str] = []
@@ -150,8 +166,77 @@ class LogFiles:
             except OSError as error:  # a network file system that has lost the file
                 problems.append(f"cannot look at {handle.path}: {error.strerror}")
                 self._close(locator)
+        broken, unknown = self._sort_out_archives(found, committed)
         files = tuple(sorted(found.values(), key=lambda file: file.path))
-        return Scan(files, not problems, tuple(problems), tuple(sorted(strays)))
+        complete = not problems and not unknown
+        return Scan(files, complete, tuple(problems), tuple(sorted(strays)), broken, unknown)
+
+    def _sort_out_archives(
+        self,
+        found: dict[tuple[int, int], SeenFile],
+        committed: Callable[[tuple[int, int]], Position | None],
+    ) -> tuple[tuple[str, ...], int]:
+        """Give gzip files the size of their content; leave out those of which nothing is known yet."""
+        archives: dict[tuple[int, int], tuple[SeenFile, Archive]] = {}
+        broken: list[str] = []
+        unknown = 0
+        for locator, file in list(found.items()):
+            if not file.compressed:
+                continue
+            archive = self._archive_at(file)
+            archives[locator] = (file, archive)
+            position = committed(locator) if archive.is_unknown() else None
+            if position is not None:
+                archive.trust(self._raw(file), position)
+            if archive.ready:
+                found[locator] = replace(file, size=archive.size)
+                continue
+            del found[locator]
+            if archive.broken:
+                broken.append(f"{file.path}: {archive.broken}")
+            else:
+                unknown += 1
+        self._archives = archives
+        return tuple(broken), unknown
+
+    def _archive_at(self, file: SeenFile) -> Archive:
+        signature = (file.size, file.mtime_ns)
+        known = self._archives.get(file.locator)
+        if known is None or known[1].signature != signature or time.monotonic() >= known[1].retry_at:
+            return Archive(signature)
+        return known[1]
+
+    def read_archives(self, wanted: Callable[[bytes], Iterable[int]]) -> bool:
+        """Read on through gzip files of which nothing is known yet, for a moment; False where there is none.
+
+        wanted: the offsets of the generations with a head, at which they will be compared.
+        """
+        # one that is being written changes all the time
+        settled_ns = (time.time() - SETTLED_SECONDS) * 1e9
+        until = time.monotonic() + ARCHIVE_SLICE_SECONDS
+        for file, archive in self._archives.values():
+            if not archive.is_unknown() or max(file.mtime_ns, file.ctime_ns) > settled_ns:
+                continue
+            try:
+                while archive.is_unknown() and time.monotonic() < until:
+                    archive.step(self._raw(file), wanted)
+            except OSError as error:
+                archive.broken = f"cannot be read: {error.strerror}"
+                archive.retry_at = time.monotonic() + ARCHIVE_RETRY_SECONDS
+            return True
+        return False
+
+    def _raw(self, file: SeenFile) -> Callable[[int, int], bytes]:
+        """The compressed bytes of a file. The descriptor may be another one each time."""
+        return lambda offset, size: os.pread(self._open(file), size, offset)
+
+    def _archive(self, file: SeenFile) -> Archive:
+        """Raises OSError where the file is not the one that was read through."""
+        found = self._archives.get(file.locator)
+        status = os.fstat(self._open(file))
+        if found is None or found[1].signature != (status.st_size, status.st_mtime_ns):
+            raise OSError(errno.ESTALE, "the compressed file has changed", file.path)
+        return found[1]
 
     def _scan_directory(
         self,
@@ -166,7 +251,7 @@ class LogFiles:
         for entry in sorted(entries, key=lambda e: e.name):
             matches = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
             if entry.name.endswith(COMPRESSED):
-                continue  # never text; what it was compressed from keeps its position
+                continue  # what it was compressed from keeps its position
             if not matches and entry.inode() not in inodes:
                 continue
             try:
@@ -191,6 +276,11 @@ class LogFiles:
     def judge(self, position: Position, file: SeenFile) -> Verdict:
         """Compare a file with a position, on a descriptor of that file. What was judged is not read again until size
         or times of the file change."""
+        if file.compressed:
+            try:
+                return self._archive(file).judge(position, own=position.locator == file.locator)
+            except OSError:
+                return Verdict.UNREADABLE
         # all that a verdict depends on
         signature = (file.size, file.mtime_ns, file.ctime_ns, position.committed_offset, position.size_seen)
         key = (*file.locator, position.file_id)
@@ -235,11 +325,15 @@ class LogFiles:
 
     def size(self, file: SeenFile) -> int:
         """The size of a file now, in bytes. Raises OSError."""
+        if file.compressed:
+            return self._archive(file).size
         return os.fstat(self._open(file)).st_size
 
     def read(self, position: Position, file: SeenFile, bytes_max: int) -> Chunk | Verdict:
         """Read what follows the committed offset, in one pread together with the frontier before it; a verdict other
         than AGREES where the file is no longer what the position says, or cannot be read."""
+        if file.compressed:
+            return self._read_archive(position, file, bytes_max)
         try:
             fd = self._open(file)
             size = os.fstat(fd).st_size
@@ -258,14 +352,37 @@ class LogFiles:
             return Verdict.UNREADABLE
         return Chunk(context, buffer[position.frontier_bytes :], max(size, end))
 
+    def _read_archive(self, position: Position, file: SeenFile, bytes_max: int) -> Chunk | Verdict:
+        start = position.committed_offset - position.frontier_bytes
+        try:
+            archive = self._archive(file)
+            if not archive.ready:
+                return Verdict.UNREADABLE
+            size = position.frontier_bytes + bytes_max
+            buffer = archive.read(self._raw(file), start, size, skip_bytes_max=SKIP_BYTES_MAX)
+        except OSError:
+            return Verdict.UNREADABLE
+        if buffer is None:
+            return Verdict.BEHIND
+        context = buffer[: position.frontier_bytes]
+        if hashlib.sha256(context).digest() != position.frontier_sha256:
+            return Verdict.DIFFERS
+        archive.bound.add(position.file_id)
+        return Chunk(context, buffer[position.frontier_bytes :], archive.size)
+
     def read_at(self, file: SeenFile, offset: int, bytes_max: int) -> bytes:
         """Plain bytes, unverified: the caller holds a position and verifies with `still_agrees`. Raises OSError."""
+        if file.compressed:
+            archive = self._archive(file)
+            return archive.read(self._raw(file), offset, bytes_max, skip_bytes_max=archive.size) or b""
         return os.pread(self._open(file), bytes_max, offset)
 
     def still_agrees(self, position: Position, file: SeenFile, after: Position | None = None) -> bool:
         """The look before a commit is sent: the committed part is unchanged, and what was read, up to the position
         `after` it, has not shrunk away and ends as it did."""
         try:
+            if file.compressed:  # what was read of it is what it is, as long as it does not change
+                return position.file_id in self._archive(file).bound
             fd = self._open(file)
             if after is not None and os.fstat(fd).st_size < after.committed_offset:
                 return False
@@ -284,6 +401,8 @@ class LogFiles:
 
     def after_last_newline(self, file: SeenFile) -> int:
         """The offset behind the last newline of a file as it is now, 0 without one. Raises OSError."""
+        if file.compressed:
+            return self._archive(file).after_newline
         end = self.size(file)
         while end > 0:
             start = max(0, end - TAIL_BYTES)
@@ -329,6 +448,8 @@ class LogFiles:
 
     def held_size(self, locator: tuple[int, int]) -> int | None:
         """The size of a file at this moment, if it is held open and can be looked at."""
+        if locator in self._archives:
+            return None
         handle = self._handles.get(locator)
         try:
             return None if handle is None else os.fstat(handle.fd).st_size
@@ -375,7 +496,9 @@ def _frontier_agrees(fd: int, position: Position) -> bool:
 
 
 def _seen(path: str, status: os.stat_result, *, listed: bool = True) -> SeenFile:
-    return SeenFile(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, listed)
+    compressed = path.endswith(".gz")
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return SeenFile(path, status.st_dev, status.st_ino, status.st_size, *times, listed, compressed)
 
 
 def read_range(path: str, locator: tuple[int, int], head: bytes, start: int, end: int) -> bytes | str:
@@ -391,14 +514,29 @@ def read_range(path: str, locator: tuple[int, int], head: bytes, start: int, end
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != locator or not stat.S_ISREG(status.st_mode):
             return f"{path}: another file has taken the name"
-        if os.pread(fd, len(head), 0) != head:
+        if path.endswith(".gz"):
+            beginning, content = _from_archive(fd, len(head), start, end)
+        else:
+            beginning, content = os.pread(fd, len(head), 0), os.pread(fd, end - start, start)
+        if beginning != head:
             return f"{path}: its content is another one by now"
-        content = os.pread(fd, end - start, start)
-    except OSError as error:
-        return f"{path}: {error.strerror}"
+    except (OSError, BrokenArchive) as error:
+        return f"{path}: {getattr(error, 'strerror', None) or error}"
     finally:
         os.close(fd)
     return content if len(content) == end - start else f"{path}: ends before byte {end}"
+
+
+def _from_archive(fd: int, head_bytes: int, start: int, end: int) -> tuple[bytes, bytes]:
+    content = Content(lambda offset, size: os.pread(fd, size, offset))
+    while content.end < head_bytes and not content.ended:
+        content.step()
+    beginning = content.buffer[:head_bytes]
+    while content.end < end and not content.ended:
+        content.drop_before(start)
+        content.step()
+    content.drop_before(start)
+    return beginning, content.buffer[: end - start]
 
 
 def _fixed_directory(pattern: bytes) -> bytes:

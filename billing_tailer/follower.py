@@ -68,6 +68,8 @@ class Follower:
         """The last scan gave new files their ids; the next one, at once, will have them read."""
         self.positions: dict[int, Position] = {}
         self.followed: dict[int, SeenFile] = {}
+        self.finished: set[int] = set()
+        """Of those followed, the ones that will not grow: what has no newline at their end will never get one."""
 
     def load(self) -> None:
         """Read every position from Postgres, which owns them."""
@@ -95,16 +97,25 @@ class Follower:
         self._last_scan = started
         self._unreadable = []
         scan, matching = self._look(started)
+        if scan.archives_unknown and self._begins_at_ends():
+            waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
+            self._health.say("files", [waiting])
+            return
         self._note_sizes(matching.kept | matching.matched)
-        final = self._final(matching, started)
+        silent = self._silent_for_a_day(matching, started)
+        final = {i for i in silent if matching.kept[i].size <= self.positions[i].committed_offset}
         registered = self._apply(matching, final, complete=scan.complete)
         self.followed = {
             file_id: file
             for file_id, file in (matching.kept | matching.matched).items()
             if self.positions[file_id].state is not FileState.BLOCKED
         }
-        for file in matching.replaced:
-            self._replaced[file.locator] = file.size
+        self.finished = silent | {file_id for file_id, file in self.followed.items() if file.compressed}
+        for file_id, file in matching.replaced.items():
+            if matching.matched[file_id].compressed:
+                self._files.release(file.locator)
+            else:
+                self._replaced[file.locator] = file.size
         self._let_go(matching, started)
         self._report(scan, matching)
         self.registered = registered
@@ -117,7 +128,7 @@ class Follower:
         suspected: set[int] = set()
         while True:
             unfinished = {p.locator for p in self.positions.values() if p.state is not FileState.FINAL}
-            scan = self._files.scan(unfinished)
+            scan = self._files.scan(unfinished, self._committed_at)
             self._note_gone(scan, now)
             scan = self._without_replaced(scan)
             matching = match(
@@ -158,15 +169,31 @@ class Follower:
         if scan.complete:
             self._gone = gone
 
-    def _final(self, matching: Matching, now: float) -> set[int]:
-        """Generations that are gone from the directories, committed to their end, and have been silent for a day."""
+    def _silent_for_a_day(self, matching: Matching, now: float) -> set[int]:
+        """Generations that are gone from the directories and have not changed for a day."""
         return {
             file_id
             for file_id, file in matching.kept.items()
-            if file.locator in self._gone
-            and file.size <= self.positions[file_id].committed_offset
-            and now - self._gone[file.locator].since >= FINAL_SECONDS
+            if file.locator in self._gone and now - self._gone[file.locator].since >= FINAL_SECONDS
         }
+
+    def _committed_at(self, locator: tuple[int, int]) -> Position | None:
+        """The generation at a locator that is final and committed to its end."""
+        for position in self.positions.values():
+            if position.locator == locator and position.state is FileState.FINAL:
+                return position
+        return None
+
+    def read_archives(self) -> bool:
+        """Read on through compressed files of which nothing is known yet; False where there are none."""
+        if not self._files.read_archives(self._offsets_of):
+            return False
+        self.scan_soon(at_leisure=True)
+        return True
+
+    def _offsets_of(self, head: bytes) -> set[int]:
+        """Where the generations with this head are to be compared."""
+        return {p.committed_offset for p in self.positions.values() if head.startswith(p.head)}
 
     def _let_go(self, matching: Matching, now: float) -> None:
         """Close files that are gone and committed to their end: those that were silent for a day, and, where there are
@@ -216,7 +243,7 @@ class Follower:
         """The generations to register; a file that cannot be opened is tried again at the next scan."""
         if not seen:
             return ()
-        at_end = self._start_at_end and all(self._is_spool(position.path) for position in self.positions.values())
+        at_end = self._begins_at_ends()
         newest = {p.path: p for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
         new = []
         # all at once where they begin at their ends: the next scan would find that the source has files
@@ -235,6 +262,10 @@ class Follower:
             new.append(NewFile(now, previous_id, generation, place))
         return tuple(new)
 
+    def _begins_at_ends(self) -> bool:
+        """Whether START_AT=end holds: as long as nothing is known of any log file."""
+        return self._start_at_end and all(self._is_spool(position.path) for position in self.positions.values())
+
     def _report(self, scan: Scan, matching: Matching) -> None:
         blocked = [p for p in self.positions.values() if p.state is FileState.BLOCKED]
         unread = {file.path for file in matching.unread} - {p.path for p in blocked}
@@ -242,6 +273,7 @@ class Follower:
             "files",
             [
                 *scan.problems,
+                *scan.broken,
                 *self._unreadable,
                 *(f"{path}: cannot be read" for path in sorted(unread)),
                 *(f"{p.path}: blocked, {p.blocked_reason}, at byte {p.committed_offset}" for p in blocked),
@@ -312,7 +344,7 @@ class Follower:
                 self._unread_since.setdefault(file_id, now)
             else:
                 self._unread_since.pop(file_id, None)
-            if unread or file.listed:
+            if unread or (file.listed and not file.compressed):
                 rows[file_id] = (file.path, offset, size)
         self._unread_since = {key: since for key, since in self._unread_since.items() if key in rows}
         self._events.oldest_uncommitted(min(self._unread_since.values(), default=None))
@@ -341,7 +373,8 @@ def _placed(position: Position, matching: Matching, final: Collection[int], *, c
         lost_sight = complete and file_id in matching.missing and position.state in (FileState.LIVE, FileState.ROTATED)
         return replace(position, state=FileState.MISSING) if lost_sight else position
     moved = file.path != position.path or (complete and not file.listed)
-    if file_id in final or (position.state is FileState.FINAL and file.size <= position.committed_offset):
+    ended = file_id in final or file.compressed or position.state is FileState.FINAL
+    if ended and file.size <= position.committed_offset:
         state = FileState.FINAL
     elif moved or position.state in (FileState.ROTATED, FileState.FINAL):
         state = FileState.ROTATED

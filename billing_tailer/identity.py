@@ -11,7 +11,8 @@ A generation is found again only where locator (device, inode), head and frontie
 3. a file that agrees with a generation still held by its own inode is a copy, and is not read; nor is one that agrees
    with a generation that is blocked, cannot be read, or may be where the scan could not look. A copy that has become
    longer than its original goes its own way: it is read from 0, and the calls that both tell of are replays. Where the
-   original is gone from the directories and silent, the copy has replaced it and takes its `file_id`;
+   original is gone from the directories and silent, the copy has replaced it and takes its `file_id`, as does the gzip
+   file that it has become;
 4. every other file is new. What stood at its locator before is ended, with its unread rest declared as a gap, but only
    after a complete scan found no file with the old content.
 
@@ -59,8 +60,8 @@ class Matching:
     ended: dict[int, Gap | None] = field(default_factory=dict)
     blocked: dict[int, BlockReason] = field(default_factory=dict)
     missing: set[int] = field(default_factory=set)
-    replaced: list[SeenFile] = field(default_factory=list)
-    """Gone from the directories; another file has taken over their generation."""
+    replaced: dict[int, SeenFile] = field(default_factory=dict)
+    """Gone from the directories; another file, in `matched`, has taken over their generation."""
     longer: list[SeenFile] = field(default_factory=list)
     """Copies with more than their original, which is gone from the directories but not silent yet."""
 
@@ -183,8 +184,11 @@ def _match_by_content(
     claimants = [position for position in loose if position.file_id in claims]
     for position in sorted(claimants, key=lambda p: (p.state is FileState.FINAL, -p.committed_offset, p.file_id)):
         found = [file for file in claims[position.file_id] if file.locator in files]
-        # what is only held open counts where no directory shows another one
-        candidates = [file for file in found if file.listed] or found
+        # what is only held open counts where no directory shows another one, what is compressed where nothing else is
+        found = [file for file in found if file.listed] or found
+        candidates = [file for file in found if not file.compressed] or found
+        if all(file.compressed and file.size <= position.committed_offset for file in candidates):
+            candidates = candidates[:1]  # there is nothing to be read in any of them
         if len(candidates) == 1:
             result.matched[position.file_id] = candidates[0]
         elif candidates:
@@ -209,7 +213,10 @@ def _hand_over(
         file = files.get(locator)
         for file_id in verdicts:
             original = result.kept.get(file_id)
-            if file is not None and original is not None and not original.listed and file.size > original.size:
+            if file is None or original is None or original.listed:
+                continue
+            # a gzip file is the original once that is gone; another copy has replaced it only if it goes on
+            if file.size > original.size or (file.compressed and file.size == original.size):
                 successors.setdefault(file_id, []).append(file)
     for file_id, found in successors.items():
         original = result.kept[file_id]
@@ -218,8 +225,8 @@ def _hand_over(
         if original.locator in silent and look.same_rest(by_id[file_id], original, found[0]):
             del result.kept[file_id], files[found[0].locator]
             result.matched[file_id] = found[0]
-            result.replaced.append(original)
-        else:
+            result.replaced[file_id] = original
+        elif found[0].size > original.size:
             result.longer.append(found[0])
 
 

@@ -196,6 +196,7 @@ class SeenFile:
     """A regular file found by a scan. `path` is escaped (`files.escape_path`), `size` in bytes, times in nanoseconds.
 
     listed: False for a file that no directory shows any more and that is only held open: deleted, or moved away.
+    compressed: a gzip file, whose content is what is followed; `size` and all offsets are those of the content.
     """
 
     path: str
@@ -205,6 +206,7 @@ class SeenFile:
     mtime_ns: int = 0
     ctime_ns: int = 0
     listed: bool = True
+    compressed: bool = False
 
     @property
     def locator(self) -> tuple[int, int]:
@@ -235,6 +237,8 @@ class Verdict(StrEnum):
     DIFFERS = "differs"
     """Long enough, but not the bytes that were committed."""
     UNREADABLE = "unreadable"
+    BEHIND = "behind"
+    """Not there yet, in a file that can only be read from its beginning: ask again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,6 +74,7 @@ class LongLine:
     scanned: int = 0
     raw: bytes = b""
     tail: bytes = b""
+    raw_max: int = RAW_BYTES_MAX_TOO_LONG
     hasher: "_Hash" = field(default_factory=hashlib.sha256)
 
     def feed(self, data: bytes) -> bool:
@@ -82,7 +83,7 @@ class LongLine:
         taken = data[:end] if end else data
         self.hasher.update(taken)
         self.scanned += len(taken)
-        self.raw += taken[: RAW_BYTES_MAX_TOO_LONG - len(self.raw)]
+        self.raw += taken[: self.raw_max - len(self.raw)]
         self.tail = (self.tail + taken[-FRONTIER_BYTES_MAX:])[-FRONTIER_BYTES_MAX:]
         return bool(end)
 
@@ -139,20 +140,25 @@ def take_lines(
     return FileWork(step, facts, letters, grown, records)
 
 
-def take_long_line(position: Position, line: LongLine, size: int) -> FileWork:
-    """An ended over-long line as one dead letter, in a row of its own."""
-    detail = f"{line.scanned} bytes"
+def take_rest(position: Position, chunk: Bytes, parse: Parse) -> FileWork:
+    """The end of a file that will not grow any more, without a newline: one dead letter, whatever it says."""
+    line = LongLine(position.committed_offset, tail=chunk.context, raw_max=RAW_BYTES_MAX)
+    line.feed(chunk.data)
+    outcome = parse(chunk.data)
+    words = outcome.detail if isinstance(outcome, Rejected) else "a whole line but for its newline: can be retried"
+    return _take_as_letter(position, line, chunk.size, DeadLetterReason.UNTERMINATED, words)
+
+
+def take_long_line(position: Position, line: LongLine, size: int, *, ended: bool = True) -> FileWork:
+    """An over-long line as one dead letter, in a row of its own. ended: with a newline."""
+    detail = f"{line.scanned} bytes" if ended else f"{line.scanned} bytes, without a newline at the end of the file"
+    return _take_as_letter(position, line, size, DeadLetterReason.TOO_LONG, detail)
+
+
+def _take_as_letter(position: Position, line: LongLine, size: int, reason: DeadLetterReason, detail: str) -> FileWork:
     raw = line.raw[: _room(position.dead_letter_bytes)]
     end = line.start_offset + line.scanned
-    letter = DeadLetter(
-        position.file_id,
-        line.start_offset,
-        end,
-        DeadLetterReason.TOO_LONG,
-        detail,
-        raw,
-        line.hasher.digest(),
-    )
+    letter = DeadLetter(position.file_id, line.start_offset, end, reason, detail, raw, line.hasher.digest())
     counts = Counter({str(Outcome.DEAD_LETTER): 1})
     row = OpenRow(line.start_offset, end, line.hasher, counts)
     head = position.head + line.raw[: max(0, HEAD_BYTES_MAX - len(position.head))]

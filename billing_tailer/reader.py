@@ -5,16 +5,18 @@ and how far an over-long line has been scanned. Both can be forgotten at any tim
 """
 
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from billing_tailer.files import LogFiles
 from billing_tailer.model import Position, SeenFile, Verdict
-from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_lines, take_long_line
+from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_lines, take_long_line, take_rest
 
 FILE_SHARE_BYTES_MIN = 64 << 10
 """What each of many busy files is read in one round, so that none starves."""
 LONG_LINE_CHUNK_BYTES = 1 << 20
+ARCHIVES_MAX = 2
+"""Compressed files that are read at a time: each needs memory to stand in its middle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Reader:
         self._long_lines: dict[int, LongLine] = {}
         self._half_lines: dict[int, tuple[int, int]] = {}
         self._turn = 0
+        self._finished: Container[int] = ()
 
     def forget(self) -> None:
         """After any doubt about what is committed: begin new rows, scan over-long lines from their start."""
@@ -63,12 +66,18 @@ class Reader:
         self._rows[work.step.position.file_id] = replace(work.row, counts=counts)
 
     def gather(
-        self, positions: Mapping[int, Position], followed: Mapping[int, SeenFile], after: Sequence[FileWork] = ()
+        self,
+        positions: Mapping[int, Position],
+        followed: Mapping[int, SeenFile],
+        finished: Container[int] = (),
+        after: Sequence[FileWork] = (),
     ) -> Batch:
-        """Whole lines of all files that have some. after: work that is being committed, to be gone on from.
+        """Whole lines of all files that have some. finished: files that will not grow any more. after: work that is
+        being committed, to be gone on from.
 
         Each file gets a share of the bytes, and the turn goes round, so that a busy file does not starve the others.
         """
+        self._finished = finished
         places = ChainMap({work.step.position.file_id: work.step.after() for work in after}, dict(positions))
         rows = ChainMap({work.step.position.file_id: work.row for work in after}, self._rows)
         waiting = self._waiting(places, followed)
@@ -96,12 +105,15 @@ class Reader:
         """Files with bytes that were not looked at, beginning after the one that had the last turn."""
         ids = sorted(followed, key=lambda file_id: (file_id <= self._turn, file_id))
         pairs = ((places[file_id], self._fresh(followed[file_id])) for file_id in ids)
-        return [
+        waiting = [
             (position, file)
             for position, file in pairs
             # shorter than what was looked at: to be seen, too
-            if file.size > position.committed_offset and file.size != self._looked_at(position)
+            if file.size > position.committed_offset
+            and (file.size != self._looked_at(position) or position.file_id in self._finished)
         ]
+        archives = sorted(position.file_id for position, file in waiting if file.compressed)[ARCHIVES_MAX:]
+        return [pair for pair in waiting if pair[0].file_id not in archives]
 
     def _fresh(self, file: SeenFile) -> SeenFile:
         """The file with its size at this moment, where it is held open: scans of many files may be seconds apart."""
@@ -125,7 +137,9 @@ class Reader:
         if not isinstance(chunk, Verdict) and len(chunk.data) == share <= line_max and b"\n" not in chunk.data:
             chunk = self._files.read(position, file, line_max + 1)  # the share is smaller than one line
         if isinstance(chunk, Verdict):
-            if chunk is Verdict.UNREADABLE:
+            if chunk is Verdict.BEHIND:
+                batch.streaming = True
+            elif chunk is Verdict.UNREADABLE:
                 batch.unreadable += (f"{file.path}: cannot be read",)
             else:
                 batch.surprised = True
@@ -135,6 +149,12 @@ class Reader:
         if work is None and len(chunk.data) > line_max:
             self._long_lines[position.file_id] = LongLine(position.committed_offset, tail=chunk.context)
             batch.streaming = True
+        elif (
+            work is None
+            and position.file_id in self._finished
+            and position.committed_offset + len(chunk.data) == chunk.size
+        ):
+            return take_rest(position, chunk, parse)
         elif work is None:
             self._half_lines[position.file_id] = (
                 position.committed_offset,
@@ -153,12 +173,13 @@ class Reader:
             return None
         known, data = data[: len(line.tail)], data[len(line.tail) :]
         changed = known != line.tail or line.start_offset != position.committed_offset
-        if not data or changed or not self._files.still_agrees(position, file):
+        at_its_end = not data and position.file_id in self._finished and at == file.size
+        if changed or not (data or at_its_end) or not self._files.still_agrees(position, file):
             del self._long_lines[position.file_id]
             batch.surprised = True
             return None
         batch.streaming = True
-        if not line.feed(data):
+        if not at_its_end and not line.feed(data):
             return None
         del self._long_lines[position.file_id]
-        return take_long_line(position, line, max(file.size, at + len(data)))
+        return take_long_line(position, line, max(file.size, at + len(data)), ended=not at_its_end)

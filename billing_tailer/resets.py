@@ -65,9 +65,13 @@ def plan_reset(
 
 
 def _file_of(position: Position, files: LogFiles) -> SeenFile:
-    for file in files.scan({position.locator}).files:
-        if file.locator == position.locator:
-            return file
+    while True:
+        scan = files.scan({position.locator})
+        for file in scan.files:
+            if file.locator == position.locator:
+                return file
+        if not files.read_archives(lambda _: (position.committed_offset,)):
+            break
     raise NotInSight(
         f"offset reset of {position.path}: the file (device {position.device}, inode {position.inode}) is not there",
         "mount the log volume; see `billing-tailer files`",

@@ -157,6 +157,7 @@ class Tailer:
         self._health.say("reading", batch.unreadable)
         if batch.works:
             self._commit(batch)
+        archiving = self._follower.read_archives()
         settling = self._settler.turn()
         if time.monotonic() >= self._next_tidy:
             self._next_tidy = time.monotonic() + TIDY_SECONDS
@@ -164,7 +165,7 @@ class Tailer:
         if batch.works or time.monotonic() >= self._next_show:
             self._next_show = time.monotonic() + SHOW_SECONDS
             self._follower.show(time.time(), waiting=False)
-        return bool(batch.works) or batch.streaming or self._follower.registered or settling
+        return bool(batch.works) or batch.streaming or self._follower.registered or settling or archiving
 
     def _next_batch(self) -> Batch:
         """The batch that was read while the last one was committed, if the positions are still those it follows."""
@@ -176,7 +177,7 @@ class Tailer:
             for work in ahead.works
         ):
             return ahead
-        return self._reader.gather(positions, followed)
+        return self._reader.gather(positions, followed, self._follower.finished)
 
     def _look_what_operators_did(self) -> None:
         self._events.dead_letters_open(self._ledger.open_dead_letters())
@@ -210,7 +211,8 @@ class Tailer:
         ahead = None
         try:
             if batch.full:
-                ahead = self._reader.gather(self._follower.positions, self._follower.followed, after=sound)
+                follower = self._follower
+                ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=sound)
         finally:
             wait([committing])
         try:

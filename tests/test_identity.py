@@ -240,9 +240,12 @@ def test_nothing_committed_is_no_content() -> None:
 
 def told_of(positions: list[Position], files: list[SeenFile], disk: Disk, silent: Iterable[int] = ()) -> dict[str, Any]:
     found = match(positions, files, disk, complete=True, silent={(1, inode) for inode in silent})
-    return told(found) | {
-        key: [f.inode for f in getattr(found, key)] for key in ("replaced", "longer") if getattr(found, key)
-    }
+    told_more = told(found)
+    if found.replaced:
+        told_more["replaced"] = [file.inode for file in found.replaced.values()]
+    if found.longer:
+        told_more["longer"] = [file.inode for file in found.longer]
+    return told_more
 
 
 def gone(inode: int, size: int) -> SeenFile:
@@ -284,6 +287,25 @@ def test_a_longer_copy_replaces_a_file_that_is_gone_and_silent() -> None:
     # two of them: nobody knows which one replaced it
     two = {"kept": {1: 7}, "copies": [8, 9]}
     assert told_of(positions, [original, copy, SeenFile("log.1", 1, 9, 5)], disk, silent=[7]) == two
+
+
+def zipped(inode: int, size: int) -> SeenFile:
+    return SeenFile("log.1.gz", 1, inode, size, compressed=True)
+
+
+def test_a_gzip_file_is_what_it_was_made_of() -> None:
+    disk = Disk({7: ("log", b"abc"), 8: ("log.1.gz", b"abc"), 9: ("log.2.gz", b"abc"), 10: ("log.3.gz", b"abcd")})
+    positions = [known(1, b"abc", 7)]
+    # while the original is there it is a copy, and the original is gone only once it is silent
+    assert told_of(positions, [SeenFile("log", 1, 7, 3), zipped(8, 3)], disk) == {"kept": {1: 7}, "copies": [8]}
+    assert told_of(positions, [gone(7, 3), zipped(8, 3)], disk) == {"kept": {1: 7}, "copies": [8]}
+    assert told_of(positions, [gone(7, 3), zipped(8, 3)], disk, [7]) == {"matched": {1: 8}, "replaced": [7]}
+    assert told_of(positions, [zipped(8, 3)], disk) == {"matched": {1: 8}}
+    # a file that can be written to comes first; of two where nothing is to be read, the first is as good
+    plain = SeenFile("log", 1, 7, 3)
+    assert told_of([known(1, b"abc", 6)], [plain, zipped(8, 3)], disk) == {"matched": {1: 7}, "copies": [8]}
+    assert told_of(positions, [zipped(8, 3), zipped(9, 3)], disk) == {"matched": {1: 8}, "copies": [9]}
+    assert told_of(positions, [zipped(8, 3), zipped(10, 4)], disk)["blocked"] == {1: BlockReason.AMBIGUOUS}
 
 
 def test_bytes_that_were_seen_and_cut_away() -> None:
