@@ -18,11 +18,13 @@ FRONTIER_BYTES_MAX = 4096
 
 
 class SkipReason(StrEnum):
-    """Why a well-formed line is no call to be billed. Also the metric label and the key in `tail_batches.counts`."""
+    """Why a line is no call to be billed, and no mistake either. Also the metric label and the key in
+    `tail_batches.counts`."""
 
     NOT_LLM_ROUTE = "not_llm_route"
     REJECTED_BEFORE_LLM = "rejected_before_llm"
     BLANK_LINE = "blank_line"
+    TORN = "torn"
 
 
 class DeadLetterReason(StrEnum):

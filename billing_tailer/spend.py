@@ -26,7 +26,7 @@ import orjson
 
 from billing_tailer import pricing
 from billing_tailer.audit import DETAIL_CHARS_MAX, ID_CHARS_MAX
-from billing_tailer.model import DeadLetterReason, Rejected, SpendRecord, SpendSource, SpendStatus
+from billing_tailer.model import DeadLetterReason, Rejected, Skip, SkipReason, SpendRecord, SpendSource, SpendStatus
 
 TEXT_CHARS_MAX = 256
 """Longest model, provider, account or run id that is kept; a longer one is none."""
@@ -39,7 +39,8 @@ EMBEDDED_JSON_CHARS_MAX = 1 << 20
 """Metadata that is JSON inside a string is read up to this size."""
 RUN_ID_HEADER = "x-cogni-run-id"
 TORN_BYTE = b"\x18"
-"""Ends a spool line whose writer died while writing it."""
+"""Ends a spool line whose writer died or failed while writing it."""
+_SKIP_TORN = Skip(SkipReason.TORN)
 
 _IDENTITY = ("id", "status", "model_id", "startTime", "endTime", "response_cost")
 _NUMERIC = frozenset({"startTime", "endTime", "response_cost"})
@@ -240,13 +241,14 @@ def parse_callback(payload: object, cost_max: Decimal) -> SpendRecord | Rejected
         return bad.rejected
 
 
-def parse_spool_line(line: bytes, cost_max: Decimal) -> SpendRecord | Rejected:
+def parse_spool_line(line: bytes, cost_max: Decimal) -> SpendRecord | Skip | Rejected:
     """One spool line, `{"received_at": ..., "payload": {...}}` -> its record. Never raises.
 
-    What was no record when it came is in the spool as `{"received_at": ..., "rejected": {"reason", "detail"}}`.
+    What was no record when it came is in the spool as `{"received_at": ..., "rejected": {"reason", "detail"}}`. A torn
+    line is a skip: nobody was told that it was safe, so that there is nothing for an operator to decide.
     """
     if line.rstrip(b"\r\n").endswith(TORN_BYTE):
-        return Rejected(DeadLetterReason.UNTERMINATED, "torn by the death of its writer: nobody was told it was safe")
+        return _SKIP_TORN
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError as error:

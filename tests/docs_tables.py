@@ -64,6 +64,7 @@ OUTCOMES: Mapping[StrEnum, str] = {
     SkipReason.NOT_LLM_ROUTE: "no POST to one of `LLM_ROUTES`, such as `GET /v1/models` or a health check",
     SkipReason.REJECTED_BEFORE_LLM: "refused by nginx or by LiteLLM's door, before a model was asked",
     SkipReason.BLANK_LINE: "white space",
+    SkipReason.TORN: "what a death or a failed write left in the spool: its sender was not told that it was safe",
 }
 DEAD_LETTERS: Mapping[StrEnum, str] = {
     DeadLetterReason.INVALID_JSON: "not JSON",
@@ -74,8 +75,7 @@ DEAD_LETTERS: Mapping[StrEnum, str] = {
     DeadLetterReason.BAD_VALUE: "a field that decides the bill (status, time, an id) has an impossible value",
     DeadLetterReason.TOO_LONG: "longer than `LINE_BYTES_MAX`, its first 4 KiB are kept; of a callback, more than 4 MiB "
     "without its prompts and answers, or deeper than 500 levels",
-    DeadLetterReason.UNTERMINATED: "a callback, or a line of the spool, that breaks off: its writer died, nobody was "
-    "told that it was safe",
+    DeadLetterReason.UNTERMINATED: "a callback that breaks off",
     DeadLetterReason.REFUSED_BY_POSTGRES: "Postgres refused the row; its words are in `detail`",
 }
 GAPS: Mapping[StrEnum, str] = {

@@ -1,7 +1,6 @@
 """Run as a program, this module is the server of the tests that kill or measure one."""
 
 import asyncio
-import contextlib
 import errno
 import gzip
 import hashlib
@@ -36,27 +35,12 @@ from billing_tailer.errors import ConfigError
 from billing_tailer.spend import slim
 from billing_tailer.spool import Spool
 from billing_tailer.web import callbacks
-from billing_tailer.web.callbacks import Element, Elements, callback_route
+from billing_tailer.web.callbacks import PATH, Element, Elements, callback_route
+from tests.support.callbacks import CANARY, SAMPLES, dumps, event, post
 
 ROOT = Path(__file__).parents[1]
-PATH = "/v1/callbacks/litellm"
 TOKEN = "tök-123"  # bytes, not characters, are compared
 BODY_BYTES_MAX = 512 << 20
-CANARY = "canary-of-a-prompt"
-SAMPLES = [json.loads(path.read_bytes()) for path in sorted((ROOT / "tests/data/payloads").glob("*.json"))]
-
-
-def event(call_id: str, prompt: str = CANARY) -> dict[str, Any]:
-    """A real payload, with an id of its own and a prompt wherever LiteLLM may put one."""
-    payload = dict(random.choice(SAMPLES))
-    payload["litellm_call_id"] = call_id
-    payload["messages"] = [{"role": "user", "content": prompt}]
-    payload["response"] = {"choices": [{"message": {"content": f"re: {prompt}"}}]}
-    payload["error_str"] = prompt
-    payload["model_parameters"] = {"user": prompt, "tools": [{"function": {"description": prompt}}]}
-    payload["hidden_params"] = {"additional_headers": {"authorization": prompt}}
-    payload["metadata"] = {**(payload.get("metadata") or {}), "requester_metadata": {"body": prompt}}
-    return payload
 
 
 def application(
@@ -168,11 +152,6 @@ def lines_in(directory: Path) -> list[dict[str, Any]]:
 def served(tmp_path: Path) -> Iterator[Served]:
     with Served(tmp_path) as serving:
         yield serving
-
-
-def dumps(value: object) -> bytes:
-    """As LiteLLM writes it."""
-    return json.dumps(value, default=str).encode()
 
 
 def wait_for(true: Callable[[], bool]) -> None:
@@ -663,26 +642,6 @@ def main() -> None:
     server_of(application(spool, TOKEN, BODY_BYTES_MAX, lambda _: None)).run(sockets=[sock])
 
 
-async def post(port: int, body: bytes) -> int | None:
-    """The status, None if there was no answer."""
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return None
-    try:
-        writer.write(head.encode() + body)
-        await writer.drain()
-        status = await reader.readline()
-        return int(status.split()[1]) if status else None
-    except OSError:
-        return None
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
-
-
 @pytest.mark.e2e
 def test_kill_9_in_the_middle_of_200_posts(tmp_path: Path) -> None:
     """Every record with a 200 is in the spool exactly once, in a whole line, and no prompt is anywhere on disk."""
@@ -694,7 +653,7 @@ def test_kill_9_in_the_middle_of_200_posts(tmp_path: Path) -> None:
 
     async def everyone(process: Process) -> None:
         async def one(name: str) -> None:
-            if await post(process.port, bodies[name]) == 200:
+            if await post(process.port, TOKEN, bodies[name]) == 200:
                 answered.append(name)
                 if len(answered) == 70:
                     process.kill()
@@ -727,7 +686,7 @@ def test_health_is_answered_while_200_batches_arrive(served: Served) -> None:
             seconds.append(get_livez(served.port))
 
     async def everyone() -> list[int | None]:
-        return await asyncio.gather(*(post(served.port, body) for _ in range(200)))
+        return await asyncio.gather(*(post(served.port, TOKEN, body) for _ in range(200)))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -788,7 +747,7 @@ def test_a_huge_body_needs_little_memory(tmp_path: Path, count: int, field: str,
             while not done.wait(0.01):
                 seconds.append(get_livez(process.port))
 
-        asyncio.run(post(process.port, dumps([event("warm")])))
+        asyncio.run(post(process.port, TOKEN, dumps([event("warm")])))
         before = process.memory_mib("VmRSS")
         watcher = threading.Thread(target=watch)
         watcher.start()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from billing_tailer.model import DeadLetterReason, Rejected, SpendRecord, SpendSource, SpendStatus
+from billing_tailer.model import DeadLetterReason, Rejected, Skip, SkipReason, SpendRecord, SpendSource, SpendStatus
 from billing_tailer.spend import TOKENS_MAX, parse_callback, parse_row, parse_spool_line, slim
 
 DATA = Path(__file__).parent / "data"
@@ -549,8 +549,6 @@ def test_spool_line(name: str) -> None:
         (b"\xff", R.INVALID_JSON),
         (b'{"received_at": 1, "payload": {"litellm_call_id": "\\ud800"}}', R.INVALID_JSON),
         (b"[" * 5000, R.INVALID_JSON),
-        (b'{"received_at": 1, "payload": {"litellm_ca\x18', R.UNTERMINATED),
-        (b'{"received_at": 1, "payload": {"litellm_ca\x18\n', R.UNTERMINATED),
         (b"[]", R.NOT_AN_OBJECT),
         (b'{"received_at": 1, "payload": []}', R.NOT_AN_OBJECT),
         (b'{"received_at": 1}', R.MISSING_FIELD),
@@ -564,6 +562,11 @@ def test_bad_spool_line(line: bytes, reason: DeadLetterReason) -> None:
     assert isinstance(rejected, Rejected)
     assert rejected.reason is reason
     assert rejected.detail
+
+
+@pytest.mark.parametrize("line", [b'{"received_at": 1, "payload": {"litellm_ca\x18', b"\x18\n", b"\x18", b"\0\0\x18"])
+def test_a_torn_spool_line_is_skipped(line: bytes) -> None:
+    assert parse_spool_line(line, COST_MAX) == Skip(SkipReason.TORN)
 
 
 # --- nothing survives but what a bill needs

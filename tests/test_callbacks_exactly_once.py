@@ -1,0 +1,148 @@
+"""Callbacks all the way, POST, spool, `spend_records`: each that got its 200 is there once, whatever dies between."""
+
+import asyncio
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from billing_tailer.embedded import EmbeddedPostgres
+from billing_tailer.ledger import migrate
+from billing_tailer.spool import TORN
+from tests.support.callbacks import CANARY, dumps, event, post
+from tests.support.daemon import Daemon
+from tests.support.loglines import line
+from tests.support.proof import assert_sound, outcomes, rows
+from tests.support.verbs import answer_of, run_verb
+
+TOKEN = "callback-token-0123456789"
+POSTS = 200
+ANSWERED_BEFORE_THE_KILL = 70
+
+
+@pytest.fixture
+def postgres(open_dir: Path) -> Iterator[EmbeddedPostgres]:
+    """A server of the test's own, whose files it may search."""
+    with EmbeddedPostgres(open_dir / "postgres") as server:
+        migrate(server.dsn)
+        yield server
+
+
+def _daemon(dsn: str, directory: Path, **more: str) -> Daemon:
+    for name in ("volume", "tmp"):
+        (directory / name).mkdir()
+    variables = {
+        "BILLING_TAILER_AUDIT_GLOBS": f"{directory}/volume/audit*.jsonl*",
+        "BILLING_TAILER_DATABASE_URL": dsn,
+        "BILLING_TAILER_SPOOL_DIR": f"{directory}/spool",
+        "BILLING_TAILER_DATA_DIR": f"{directory}/data",
+        "BILLING_TAILER_CALLBACK_TOKEN": TOKEN,
+        "BILLING_TAILER_LOG_LEVEL": "debug",
+        "TMPDIR": f"{directory}/tmp",
+        **more,
+    }
+    return Daemon(variables, directory / "daemon.log")
+
+
+def _call_ids(number: int) -> list[str]:
+    """The calls of one POST."""
+    return [f"call-of-{number:03d}-{index:02d}" for index in range(1 + number % 20)]
+
+
+def _body(number: int) -> bytes:
+    return dumps([event(call_id, f"{CANARY}-{call_id}") for call_id in _call_ids(number)])
+
+
+async def _post_all_and_kill(daemon: Daemon) -> list[int]:
+    """All at once; the daemon dies among them. Returns those that got a 200."""
+    port = int(daemon.url.rpartition(":")[2])
+    answered: list[int] = []
+
+    async def one(number: int) -> None:
+        if await post(port, TOKEN, _body(number)) == 200:
+            answered.append(number)
+            if len(answered) == ANSWERED_BEFORE_THE_KILL:
+                daemon.kill()
+
+    await asyncio.gather(*map(one, range(POSTS)))
+    return answered
+
+
+def _everything_is_committed(dsn: str, spool: Path) -> bool:
+    committed = {row["path"]: row["committed_offset"] for row in rows(dsn, "select * from tail_files")}
+    return all(committed.get(str(path), 0) == path.stat().st_size for path in spool.glob("callbacks-*.jsonl"))
+
+
+def _files_with(text: str, *directories: Path) -> list[Path]:
+    files = [path for directory in directories for path in directory.rglob("*") if path.is_file()]
+    return [path for path in files if text.encode() in path.read_bytes()]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("outage", [True, False], ids=["Postgres down", "Postgres up"])
+def test_kill_9_in_the_middle_of_200_posts(postgres: EmbeddedPostgres, tmp_path: Path, outage: bool) -> None:
+    """What got its 200 is in `spend_records` exactly once, what did not at most once, and no prompt is anywhere."""
+    dsn, spool = postgres.dsn, tmp_path / "spool"
+    with _daemon(dsn, tmp_path) as daemon:
+        daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
+        if outage:
+            postgres.stop()
+            daemon.wait_until(lambda: daemon.get("/readyz").status_code == 503)
+        answered = asyncio.run(_post_all_and_kill(daemon))
+        assert ANSWERED_BEFORE_THE_KILL <= len(answered) < POSTS
+        daemon.start()
+        if outage:
+            postgres.start()
+        daemon.wait_until(lambda: _everything_is_committed(dsn, spool))
+        found = rows(dsn, "select call_id, count(*) as n from spend_records group by call_id")
+        times = {row["call_id"]: row["n"] for row in found}
+        safe = [call_id for number in answered for call_id in _call_ids(number)]
+        assert {call_id: times.get(call_id) for call_id in safe if times.get(call_id) != 1} == {}
+        assert set(times) <= {call_id for number in range(POSTS) for call_id in _call_ids(number)}
+        assert set(times.values()) == {1}
+        assert set(outcomes(dsn)) <= {"spend_record", "torn"}
+        assert_sound(dsn)
+        assert daemon.terminate() == 0
+    postgres.stop()  # with a checkpoint: whatever it had in memory is in its files
+    everywhere = (tmp_path, postgres.data_dir)
+    assert _files_with(safe[-1], postgres.data_dir / "pgdata/pg_wal"), "the search finds what is there"
+    assert _files_with(safe[-1], spool)
+    assert _files_with(CANARY, *everywhere) == []
+
+
+def _posted(daemon: Daemon, call_ids: Sequence[str]) -> int | None:
+    body = dumps([event(call_id) for call_id in call_ids])
+    return asyncio.run(post(int(daemon.url.rpartition(":")[2]), TOKEN, body))
+
+
+@pytest.mark.e2e
+def test_a_write_torn_by_a_kill_leaves_nothing_to_do(dsn: str, tmp_path: Path) -> None:
+    """Half a line in the spool, and its writer dead: the line is counted, nothing waits for it, nobody is bothered."""
+    spool = tmp_path / "spool"
+    with _daemon(dsn, tmp_path, BILLING_TAILER_SETTLE_DEADLINE_SECONDS="1") as daemon:
+        daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
+        assert _posted(daemon, [f"whole-{number}" for number in range(100)]) == 200
+        (path,) = spool.iterdir()
+        limits = (path.stat().st_size + 1000, resource.RLIM_INFINITY)  # no write goes further
+        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, limits)
+        assert _posted(daemon, [f"torn-{number}" for number in range(100)]) == 503
+        assert path.stat().st_size == limits[0]
+        daemon.kill()
+        (tmp_path / "volume/audit.jsonl").write_bytes(line(1))
+        daemon.start()
+        daemon.wait_until(lambda: _everything_is_committed(dsn, spool))
+        overdue = "select 1 from call_exceptions where kind = 'overdue'"
+        daemon.wait_until(lambda: rows(dsn, overdue), what="no deadline waits for it")
+        assert path.read_bytes().endswith(TORN + b"\n")
+        assert outcomes(dsn)["torn"] == 1
+        found = {row["call_id"] for row in rows(dsn, "select call_id from spend_records")}
+        assert {f"whole-{number}" for number in range(100)} <= found
+        status = answer_of(run_verb(daemon.variables, "status", "--json"))
+        assert (status["dead_letters_open"], status["lag_bytes"]) == (0, 0)
+        assert_sound(dsn, {_file_id(dsn, path): path.read_bytes()})
+
+
+def _file_id(dsn: str, path: Path) -> int:
+    (row,) = rows(dsn, "select file_id from tail_files where path = %s", str(path))
+    return int(row["file_id"])
