@@ -26,7 +26,7 @@ from billing_tailer.events import Events, configure_logging
 from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
-from billing_tailer.ledger import Ledger, Reads, migrate
+from billing_tailer.ledger import Ledger, LedgerState, Reads, migrate
 from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import Corrections
 from billing_tailer.poller import Poller
@@ -36,7 +36,7 @@ from billing_tailer.settings import Settings, effective
 from billing_tailer.settle import Rules
 from billing_tailer.settler import Settler, Timing
 from billing_tailer.spend import parse_row, parse_spool_line, slim
-from billing_tailer.spool import Spool
+from billing_tailer.spool import Committer, Spool
 from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
@@ -53,7 +53,10 @@ MIGRATE_RETRY_SECONDS = 1.0
 SPEND_LOGS_PAGE_ROWS = 250
 """A row has 10 KB: larger pages need more memory than the daemon is to have."""
 SPOOL_RETENTION_SECONDS = 7 * 24 * 3600
-"""So long a finished spool file stays after its last byte was written, and at least until it is committed."""
+"""So long a finished spool file stays after its last byte was written, unless room is needed, and at least until it is
+committed."""
+
+_COMMITTER: dict[LedgerState, Committer] = {LedgerState.ACTIVE: "us", LedgerState.STANDBY: "another"}
 
 
 class Ending:
@@ -226,6 +229,8 @@ def _follow(
 ) -> None:
     ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
     ending.abort = ledger.abort
+    if spool is not None:
+        spool.committer = lambda: _COMMITTER.get(ledger.state)
     in_spool = None if spool is None else escape_path(os.fsencode(spool.directory)) + "/"
 
     def is_spool(path: str) -> bool:
@@ -236,6 +241,9 @@ def _follow(
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
     at_end = settings.start_at == "end"
     follower = Follower(files, ledger, events, health, start_at_end=at_end, is_spool=is_spool)
+
+    def spool_is_behind() -> bool:
+        return follower.spool_is_behind() or (spool is not None and spool.has_more)
 
     def tidy() -> None:
         if spool is not None:
@@ -260,7 +268,7 @@ def _follow(
                 events,
                 health,
                 poller=poller,
-                spool_is_behind=follower.spool_is_behind,
+                spool_is_behind=spool_is_behind,
                 notify=notify,
             ),
             tidy=tidy,

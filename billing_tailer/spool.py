@@ -4,7 +4,11 @@
   takes milliseconds whatever Postgres is doing (tests/test_spool.py::test_one_fsync_serves_all_who_wait).
 - Every process writes files of its own, and holds the lock (flock) of each for as long as it may still write to it. A
   file whose lock is free is finished: its writer went on to the next one, or is dead. A torn end, which nobody was told
-  was safe, is marked by whoever adopts the file (test_a_dead_writers_torn_end_is_marked_once).
+  was safe, is marked by whoever adopts the file (test_a_dead_writers_torn_end_is_marked_once), and the file is put on
+  disk before it is read: what is committed must not vanish in a power cut (test_a_file_is_on_disk_before_it_is_read).
+- Who stands by hands over what it took, every second, by giving its file another name; the process that commits copies
+  the lines into its own file before it removes the other (test_a_standby_hands_over_what_it_took). Not by finished
+  files under their own names: a file per second would be a position per second, kept for ever.
 - After a failure the file goes on behind a marked end; a full disk costs no record that was acknowledged, and no new
   file per attempt (test_a_full_disk_refuses_everyone_and_recovers).
 - What is written here was stripped before (PROMPTS_ARE_NEVER_STORED: tests/test_callbacks.py).
@@ -26,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from billing_tailer.errors import ConfigError, TailerError
 
@@ -35,6 +40,9 @@ GROUP_BYTES_MAX = 4 << 20
 """No further request joins a group that is written at once when it has this size."""
 USED_SECONDS_MAX = 1.0
 """How long the size of everybody's files may be remembered; our own growth is added to it."""
+KEEPING_SECONDS = 1.0
+"""How often the spool is put in order: what a standby took is handed over, a torn line is ended."""
+COPY_BYTES = 1 << 20
 UNBORN_SECONDS = 60.0
 """What was left between a file's creation and its lock, by a process that died there, is kept for so long."""
 TORN = b"\x18"
@@ -43,8 +51,11 @@ TORN = b"\x18"
 _NAME = re.compile(r"callbacks-(?P<instance>[0-9a-f]{32})-[0-9]{6}\.jsonl")
 _UNBORN = re.compile(rf"\.{_NAME.pattern}")
 """A file between its creation and its lock: not to be seen under its name before the lock is held."""
+_HANDED_OVER = re.compile(rf"handed-over-{_NAME.pattern}")
 _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 """Failures that end by themselves or by what an operator does: no reason not to start."""
+
+Committer = Literal["us", "another"]
 
 
 class SpoolError(TailerError):
@@ -60,13 +71,14 @@ class _Request:
 @dataclass(slots=True)
 class _File:
     """The file that is written. size: its bytes. safe: those of them that are on disk. torn: a write failed, so that
-    the end is not what it should be."""
+    the end is not what it should be. followed: this process has tailed it, so that it has a position."""
 
     path: Path
     fd: int
     size: int = 0
     safe: int = 0
     torn: bool = False
+    followed: bool = False
 
 
 @dataclass(slots=True)
@@ -92,7 +104,7 @@ class Spool:
         it is well again; called from several threads, one at a time."""
         self.directory = directory
         self._bytes_max = bytes_max
-        self._file_bytes_max = file_bytes_max
+        self._file_bytes_max = min(file_bytes_max, bytes_max // 8)  # or the file in use would be all there is room for
         self._report = report
         self._instance = uuid.uuid4().hex
         self._number = 0
@@ -104,6 +116,11 @@ class Spool:
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._queue_lock = threading.Lock()
         self._open = False
+        self._next_keeping = 0.0
+        self.committer: Callable[[], Committer | None] = lambda: None
+        """Who tails the spool: this process, another one, or nobody for now. Called from the writing thread."""
+        self.has_more = False
+        """Whether there are records of a standby which are not in a file that is tailed yet."""
         self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
 
     @property
@@ -160,13 +177,18 @@ class Spool:
     def _work(self) -> None:
         try:
             while self._next_group():
-                pass
+                if time.monotonic() >= self._next_keeping:
+                    self._keep_in_order()
+                    self._next_keeping = time.monotonic() + KEEPING_SECONDS
         finally:
             self._refuse_the_rest()
 
     def _next_group(self) -> bool:
         """Write everything that waits; False when that was the last."""
-        request = self._queue.get()
+        try:
+            request = self._queue.get(timeout=KEEPING_SECONDS)
+        except queue.Empty:
+            return True
         group: list[_Request] = []
         group_bytes = 0
         try:
@@ -214,7 +236,7 @@ class Spool:
         for age_max in (USED_SECONDS_MAX, 0.0):  # someone may have cleaned up since we last looked
             now = time.monotonic()
             if now - self._used.at >= age_max:
-                self._used = _Used(sum(map(_size, self._entries(_NAME))), now)
+                self._used = _Used(sum(map(_size, self._entries(_NAME, _HANDED_OVER))), now)
             if self._used.bytes + more <= self._bytes_max:
                 return
         raise SpoolError(f"{self.directory}: the spool is full ({self._bytes_max} bytes)")
@@ -260,9 +282,56 @@ class Spool:
             raise
         if self._file is not None:
             os.close(self._file.fd)
-        self._file = _File(path, fd)
+        self._file = _File(path, fd, followed=self.committer() == "us")
         self._number += 1
         return self._file
+
+    # --- putting in order: the writing thread, between two groups
+
+    def _keep_in_order(self) -> None:
+        trouble: str | None = None
+        try:
+            committer = self.committer()
+            if committer == "another":
+                self._hand_over()
+            elif self._file is not None and self._file.torn:
+                self._writable()  # the end, or it would seem unread until somebody posts
+            if committer == "us":
+                self._take_over()
+        except OSError as error:
+            trouble = f"{self.directory}: {error.strerror}"
+        self._tell("keeping in order", trouble)
+
+    def _hand_over(self) -> None:
+        """Leave our file to the process that commits."""
+        file = self._file
+        if file is None or file.size == 0 or not _stands(file):
+            return
+        if not file.followed:  # else whoever follows goes on from our position in it
+            file.path.rename(file.path.with_name(f"handed-over-{file.path.name}"))
+            _sync_directory(self.directory)
+        os.close(file.fd)  # and with it the lock
+        self._file = None
+
+    def _take_over(self) -> None:
+        """Copy what standbys took into our own file. After a death between copy and removal it is copied twice."""
+        if self._file is not None:
+            self._file.followed = True
+        entries = self._entries(_HANDED_OVER)
+        self.has_more = bool(entries)
+        self.has_more = False in [self._taken_over(Path(entry)) for entry in entries]
+
+    def _taken_over(self, path: Path) -> bool:
+        """False where it must be tried again. Raises OSError."""
+        with self._finished(path) as fd:
+            if fd is None:
+                return False
+            with open(fd, "rb", closefd=False) as lines:
+                lines.seek(0)  # a torn end that was marked has left it there
+                while copied := lines.readlines(COPY_BYTES):
+                    self._store(b"".join(copied))
+            path.unlink()
+        return True
 
     # --- the reading side: other threads
 
@@ -282,22 +351,28 @@ class Spool:
     def janitor(
         self, may_delete: Callable[[bytes, int], bool], older_than_seconds: float, now: float
     ) -> tuple[bytes, ...]:
-        """Remove the finished files, of any writer, that nobody has touched for a while and that are committed.
+        """Remove the finished files, of any writer, that nobody has touched for a while and that are committed; of
+        those, younger ones as well, oldest first, while all files together take half of the room there is: what is
+        safe in Postgres must not be the reason to refuse what is not.
 
-        may_delete: path, size in bytes -> whether every byte of it is committed; only asked for files that are old
-        enough. now: seconds of the epoch. Returns the paths that were removed.
+        may_delete: path, size in bytes -> whether every byte of it is committed; only asked for files that are to go.
+        now: seconds of the epoch. Returns the paths that were removed.
         """
         removed: list[bytes] = []
-        for entry in self._entries(_NAME, _UNBORN):
+        entries = self._entries(_NAME, _UNBORN)
+        too_many = sum(map(_size, entries)) - self._bytes_max // 2
+        for entry in sorted(entries, key=_modified_at):
             with contextlib.suppress(FileNotFoundError):
                 unborn = entry.name.startswith(".")
-                if now - entry.stat().st_mtime < max(older_than_seconds, UNBORN_SECONDS if unborn else 0.0):
+                age_min = max(older_than_seconds, UNBORN_SECONDS) if unborn else older_than_seconds
+                if now - entry.stat().st_mtime < age_min and (unborn or too_many <= 0):
                     continue
                 with self._finished(Path(entry)) as fd:
-                    path = os.fsencode(entry)
+                    path, size = os.fsencode(entry), _size(entry)
                     if fd is None or not (unborn or may_delete(path, os.fstat(fd).st_size)):
                         continue
                     Path(entry).unlink()
+                too_many -= size
                 removed.append(path)
                 self._adopted.discard(entry.name)
         if removed:
@@ -306,14 +381,14 @@ class Spool:
 
     @contextlib.contextmanager
     def _finished(self, path: Path) -> Iterator[int | None]:
-        """A descriptor of a finished file, locked, with its torn end marked; None where its writer lives, and where the
-        file cannot be opened or marked, which is reported."""
+        """A descriptor of a finished file, locked, with its torn end marked and all of it on disk; None where its
+        writer lives, and where the file cannot be opened or marked, which is reported."""
         fd = -1
         try:
             fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _end_torn_line(fd):
-                os.fsync(fd)
+            _end_torn_line(fd)
+            os.fsync(fd)
         except (BlockingIOError, FileNotFoundError):
             yield None
         except OSError as error:
@@ -356,6 +431,13 @@ def _size(entry: os.DirEntry[str]) -> int:
         return 0  # removed since it was listed
 
 
+def _modified_at(entry: os.DirEntry[str]) -> float:
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _stands(file: _File) -> bool:
     """Whether the file can still be found under its name. What goes into one that was removed is lost."""
     try:
@@ -374,14 +456,13 @@ def _write_all(file: _File, data: bytes) -> None:
         rest = rest[written:]
 
 
-def _end_torn_line(fd: int) -> bool:
-    """Mark and end a last line that has no end; True if there was one. Raises OSError."""
+def _end_torn_line(fd: int) -> None:
+    """Mark and end a last line that has no end. Raises OSError."""
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
-        return False
+        return
     if os.write(fd, TORN + b"\n") != 2:  # the next attempt marks it again, which ends the line as well
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    return True
 
 
 def _sync_directory(path: Path) -> None:

@@ -1,9 +1,12 @@
 """Callbacks all the way, POST, spool, `spend_records`: each that got its 200 is there once, whatever dies between."""
 
 import asyncio
+import contextlib
 import resource
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +15,9 @@ from billing_tailer.ledger import migrate
 from billing_tailer.spool import TORN
 from tests.support.callbacks import CANARY, dumps, event, post
 from tests.support.daemon import Daemon
-from tests.support.loglines import line
-from tests.support.proof import assert_sound, outcomes, rows
+from tests.support.loglines import line, lines
+from tests.support.proof import assert_sound, count, outcomes, rows
+from tests.support.spendlines import payload
 from tests.support.verbs import answer_of, run_verb
 
 TOKEN = "callback-token-0123456789"
@@ -29,9 +33,9 @@ def postgres(open_dir: Path) -> Iterator[EmbeddedPostgres]:
         yield server
 
 
-def _daemon(dsn: str, directory: Path, **more: str) -> Daemon:
+def _daemon(dsn: str, directory: Path, log: str = "daemon.log", **more: str) -> Daemon:
     for name in ("volume", "tmp"):
-        (directory / name).mkdir()
+        (directory / name).mkdir(exist_ok=True)
     variables = {
         "BILLING_TAILER_AUDIT_GLOBS": f"{directory}/volume/audit*.jsonl*",
         "BILLING_TAILER_DATABASE_URL": dsn,
@@ -42,7 +46,7 @@ def _daemon(dsn: str, directory: Path, **more: str) -> Daemon:
         "TMPDIR": f"{directory}/tmp",
         **more,
     }
-    return Daemon(variables, directory / "daemon.log")
+    return Daemon(variables, directory / log)
 
 
 def _call_ids(number: int) -> list[str]:
@@ -111,9 +115,8 @@ def test_kill_9_in_the_middle_of_200_posts(postgres: EmbeddedPostgres, tmp_path:
     assert _files_with(CANARY, *everywhere) == []
 
 
-def _posted(daemon: Daemon, call_ids: Sequence[str]) -> int | None:
-    body = dumps([event(call_id) for call_id in call_ids])
-    return asyncio.run(post(int(daemon.url.rpartition(":")[2]), TOKEN, body))
+def _posted(daemon: Daemon, events: Sequence[dict[str, Any]]) -> int | None:
+    return asyncio.run(post(int(daemon.url.rpartition(":")[2]), TOKEN, dumps(events)))
 
 
 @pytest.mark.e2e
@@ -122,11 +125,11 @@ def test_a_write_torn_by_a_kill_leaves_nothing_to_do(dsn: str, tmp_path: Path) -
     spool = tmp_path / "spool"
     with _daemon(dsn, tmp_path, BILLING_TAILER_SETTLE_DEADLINE_SECONDS="1") as daemon:
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
-        assert _posted(daemon, [f"whole-{number}" for number in range(100)]) == 200
+        assert _posted(daemon, [event(f"whole-{number}") for number in range(100)]) == 200
         (path,) = spool.iterdir()
         limits = (path.stat().st_size + 1000, resource.RLIM_INFINITY)  # no write goes further
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, limits)
-        assert _posted(daemon, [f"torn-{number}" for number in range(100)]) == 503
+        assert _posted(daemon, [event(f"torn-{number}") for number in range(100)]) == 503
         assert path.stat().st_size == limits[0]
         daemon.kill()
         (tmp_path / "volume/audit.jsonl").write_bytes(line(1))
@@ -146,3 +149,43 @@ def test_a_write_torn_by_a_kill_leaves_nothing_to_do(dsn: str, tmp_path: Path) -
 def _file_id(dsn: str, path: Path) -> int:
     (row,) = rows(dsn, "select file_id from tail_files where path = %s", str(path))
     return int(row["file_id"])
+
+
+def _stands_by(daemon: Daemon) -> bool:
+    return "standby: another tailer is active" in daemon.get("/readyz").text
+
+
+@pytest.mark.e2e
+def test_a_standby_takes_callbacks_for_the_one_that_commits(dsn: str, tmp_path: Path) -> None:
+    """What a standby took is settled within seconds, also when it is killed; it takes over its own callbacks, too."""
+    spool = tmp_path / "spool"
+    with _daemon(dsn, tmp_path, "1.log") as active, contextlib.ExitStack() as stack:
+        (tmp_path / "volume/audit.jsonl").write_bytes(lines(0, 30))
+        active.wait_until(lambda: count(dsn, "usage_facts") == 30)
+        standby = stack.enter_context(_daemon(dsn, tmp_path, "2.log"))
+        standby.wait_until(lambda: _stands_by(standby))
+        for number in range(2):
+            started = time.monotonic()
+            assert _posted(standby, [payload(number)]) == 200
+            active.wait_until(lambda number=number: count(dsn, "charge_receipts") == number + 1)  # type: ignore[misc]
+            assert time.monotonic() - started < 5
+        assert _posted(active, [payload(2)]) == 200
+        assert _posted(standby, [payload(number) for number in range(3, 10)]) == 200
+        standby.kill()
+        active.wait_until(lambda: count(dsn, "charge_receipts") == 10)
+        standby.start()
+        standby.wait_until(lambda: _stands_by(standby))
+        assert _posted(standby, [payload(number) for number in range(10, 15)]) == 200
+        assert _posted(active, [payload(number) for number in range(15, 20)]) == 200
+        active.kill()
+        assert _posted(standby, [payload(number) for number in range(20, 30)]) == 200
+        standby.wait_until(lambda: count(dsn, "charge_receipts") == 30)
+        standby.wait_until(lambda: list(spool.glob("handed-over-*")) == [])
+        standby.wait_until(lambda: _everything_is_committed(dsn, spool))
+        found = outcomes(dsn)
+        assert found["spend_record"] == 30
+        assert set(found) <= {"fact", "spend_record", "replayed"}
+        assert len(rows(dsn, "select 1 from tail_files where path like '%%callbacks-%%'")) <= 5
+        assert rows(dsn, "select 1 from tail_files where state = 'missing'") == []
+        assert "spool.trouble" not in active.log() + standby.log()
+        assert_sound(dsn)

@@ -427,6 +427,133 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, open_desk: C
     assert {number for number in acknowledged if found.count(number) != 1} == set()
 
 
+# --- a standby
+
+
+@pytest.fixture
+def keeping_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billing_tailer.spool.KEEPING_SECONDS", 0.01)
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def handed_over(directory: Path) -> list[Path]:
+    return sorted(directory.glob("handed-over-*"))
+
+
+@pytest.mark.usefixtures("keeping_often")
+def test_a_standby_hands_over_what_it_took(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
+    standby = open_desk()
+    standby.spool.committer = lambda: "another"
+    for number in range(5):
+        standby.put(str(number))
+        wait_for(lambda: spooled(tmp_path) == [])
+    assert len(handed_over(tmp_path)) == 5
+    assert spooled(tmp_path) == []
+    active = open_desk()
+    active.put("5")
+    time.sleep(0.1)
+    assert len(handed_over(tmp_path)) == 5, "nobody knows yet that it commits"
+    active.spool.committer = lambda: "us"
+    wait_for(lambda: handed_over(tmp_path) == [])
+    assert sorted(numbers(tmp_path)) == list(range(6))
+    (path,) = spooled(tmp_path)
+    assert active.spool.may_read(bytes(path)), "one file, and one position, for all of it"
+    wait_for(lambda: not active.spool.has_more)
+    assert standby.reports == active.reports == []
+
+
+@pytest.mark.usefixtures("keeping_often")
+def test_lines_are_copied_whole_and_in_bounded_pieces(
+    tmp_path: Path, open_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("billing_tailer.spool.COPY_BYTES", 100)
+    (tmp_path / f"handed-over-{dead_file(tmp_path, b'').name}").write_bytes(
+        b"".join(b"1%030d\n" % number for number in range(50)) + b"{tor"
+    )
+    active = open_desk(file_bytes_max=300)
+    active.spool.committer = lambda: "us"
+    wait_for(lambda: handed_over(tmp_path) == [])
+    assert [number - 10**30 for number in numbers(tmp_path)] == list(range(50))
+    assert lines_of(tmp_path)[-1] == b"{tor" + TORN + b"\n"
+    assert len(spooled(tmp_path)) > 4
+
+
+@pytest.mark.usefixtures("keeping_often")
+def test_a_full_disk_loses_nothing_that_is_handed_over(tiny_disk: Path, open_desk: Callable[..., Desk]) -> None:
+    standby, active = open_desk(tiny_disk), open_desk(tiny_disk)
+    active.put("0")
+    standby.put(*["1" * 999] * 50)
+    filler = tiny_disk / "filler"
+    with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+    standby.spool.committer = lambda: "another"
+    active.spool.committer = lambda: "us"
+    wait_for(lambda: active.reports)
+    assert active.reports == [f"{tiny_disk}: No space left on device"]
+    assert active.spool.has_more
+    assert len(handed_over(tiny_disk)) == 1
+    filler.unlink()
+    wait_for(lambda: handed_over(tiny_disk) == [])
+    wait_for(lambda: active.reports[-1] is None)
+    assert numbers(tiny_disk).count(int("1" * 999)) >= 50
+    assert len(active.reports) == 2
+
+
+@pytest.mark.usefixtures("keeping_often")
+def test_a_file_with_a_position_keeps_its_name(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
+    """The process that committed stands by now: another one goes on where it was."""
+    desk, other = open_desk(), open_desk()
+    desk.spool.committer = lambda: "us"
+    desk.put("1")
+    desk.put("2")
+    (path,) = [path for path in spooled(tmp_path) if path.stat().st_size]
+    wait_for(lambda: desk.spool._file is not None and desk.spool._file.followed)
+    assert not other.spool.may_read(bytes(path))
+    desk.spool.committer = lambda: "another"
+    wait_for(lambda: other.spool.may_read(bytes(path)))
+    assert handed_over(tmp_path) == []
+    desk.put("3")
+    wait_for(lambda: len(handed_over(tmp_path)) == 1)
+
+
+def test_a_file_is_on_disk_before_it_is_read(
+    tmp_path: Path, open_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a killed process wrote and did not sync could be committed, and then be gone after a power cut."""
+    desk, path = open_desk(), dead_file(tmp_path, b"1\n")
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
+    assert desk.spool.may_read(bytes(path))
+    assert synced == [path.stat().st_ino]
+
+
+@pytest.mark.usefixtures("keeping_often")
+def test_a_torn_line_ends_although_nobody_posts(
+    tmp_path: Path, open_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = open_desk()
+    desk.put("1")
+    real = os.write
+
+    def write(fd: int, data: bytes) -> int:
+        if len(data) > 2:
+            return real(fd, bytes(data)[:2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        assert "No space left" in desk.refuse(b"12345\n")
+        assert lines_of(tmp_path) == [b"1\n", b"1234"]
+    wait_for(lambda: lines_of(tmp_path)[-1] == b"1234" + TORN + b"\n")
+
+
 # --- the janitor
 
 
@@ -462,6 +589,31 @@ def test_the_janitor_removes_only_what_is_finished_old_and_committed(
     ours.put("6")
     theirs.put("7")
     assert ours.reports == theirs.reports == []
+
+
+def test_committed_files_make_room(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
+    """Half of the room is for what is not committed; the oldest go first, and none that is not."""
+    desk = open_desk(bytes_max=1000)
+    files = [dead_file(tmp_path, b"1" * 99 + b"\n", number) for number in range(9)]
+    for number, path in enumerate(files):
+        os.utime(path, (time.time() - DAY + number,) * 2)
+    uncommitted = {bytes(files[0])}
+    removed = desk.spool.janitor(lambda path, _: path not in uncommitted, 7 * DAY, time.time())
+    assert removed == tuple(map(bytes, files[1:5]))
+    assert desk.spool.janitor(lambda path, _: path not in uncommitted, 7 * DAY, time.time()) == ()
+
+
+def test_a_small_spool_that_was_full_is_not_full_for_ever(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
+    """The file in use cannot be removed, so that it must not be the whole spool."""
+    desk = open_desk(bytes_max=1 << 20)
+    for _ in range(2):
+        while desk.reports[-1:] in ([], [None]):
+            with contextlib.suppress(SpoolError):
+                desk.put("1" * 9999)
+        assert desk.spool.janitor(lambda _path, _size: True, 7 * DAY, time.time()) != ()
+        desk.put("2")
+        assert desk.reports[-1] is None
+    assert "full" in desk.reports[0]  # type: ignore[operator]
 
 
 def test_the_janitor_and_the_writer_work_at_the_same_time(
