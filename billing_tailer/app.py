@@ -40,7 +40,7 @@ from billing_tailer.spool import Committer, Spool
 from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
-from billing_tailer.web.callbacks import callback_route
+from billing_tailer.web.callbacks import callback_routes
 from billing_tailer.web.runs import run_routes
 from billing_tailer.web.waiters import Waiters
 
@@ -200,7 +200,7 @@ def _callback_routes(settings: Settings, spool: Spool | None, events: Events) ->
     if spool is None:
         return []
     token = None if settings.callback_token is None else settings.callback_token.get_secret_value()
-    return [callback_route(token, spool, slim, settings.callback_bytes_max, events.callback)]
+    return [*callback_routes(token, spool, slim, settings.callback_bytes_max, events.callback)]
 
 
 @contextmanager

@@ -54,7 +54,8 @@ _MSEC = re.compile(r"[0-9]{9,10}(?:\.[0-9]{1,6})?", re.ASCII)
 _STATUSES = {f"{status:03d}": status for status in range(1000)}
 _NUMBER = re.compile(r"[0-9]{1,20}(?:\.[0-9]{1,30})?(?:[eE][+-]?[0-9]{1,2})?", re.ASCII)
 _REQUIRED = frozenset(REQUIRED_FIELDS)
-_UNFORWARDED = frozenset({401, 403, 404, 405})
+_UNFORWARDED = frozenset({*range(300, 400), 401, 403, 404, 405})
+"""Without a call id: refused at the door, or sent elsewhere, as LiteLLM does (307) where a path ends in a slash."""
 _SKIP_ROUTE = Skip(SkipReason.NOT_LLM_ROUTE)
 _SKIP_REJECTED = Skip(SkipReason.REJECTED_BEFORE_LLM)
 _SKIP_BLANK = Skip(SkipReason.BLANK_LINE)
@@ -131,7 +132,7 @@ def _parse_call(fields: dict[str, Any], line: bytes, path: str) -> UsageFact | S
         raise _Bad(DeadLetterReason.MISSING_FIELD, f"{name}: not in the line; add it to nginx's log_format")
     status = _status(fields)
     echoed_id = _id(fields, "litellm_call_id")
-    if status >= 400 and _rejected_before_llm(fields, status, echoed_id is not None):
+    if status >= 300 and _rejected_before_llm(fields, status, echoed_id is not None):
         return _SKIP_REJECTED
     request_id = _id(fields, "nginx_request_id")
     proxy_id = _id(fields, "call_id")

@@ -40,7 +40,7 @@ from billing_tailer.model import (
 from billing_tailer.settings import LLM_ROUTES, PREFIX, describe
 from billing_tailer.spend import slim
 from billing_tailer.spool import Spool
-from billing_tailer.web.callbacks import callback_route
+from billing_tailer.web.callbacks import callback_routes
 from billing_tailer.web.runs import run_routes
 from billing_tailer.web.server import application
 from billing_tailer.web.waiters import Waiters
@@ -354,12 +354,14 @@ def endpoints() -> str:
     """From the routes of the application."""
     reads = Reads("billing", "default")
     more = [
-        callback_route(None, Spool(ROOT, 1, lambda _: None), slim, 1, lambda _: None),
+        *callback_routes(None, Spool(ROOT, 1, lambda _: None), slim, 1, lambda _: None),
         *run_routes(None, reads, Waiters(reads.run_status)),
     ]
     paths = []
     for route in application(Events(), Health(), more).routes:
         path = str(getattr(route, "path", "")).replace(":path}", "}")
+        if path.endswith("/"):
+            continue  # the same as without
         paths.append(path if "GET" in getattr(route, "methods", ()) else f"POST {path}")
     same_keys("endpoints", paths, ENDPOINTS)
     return table(("path", "answer"), ((code(path), ENDPOINTS[path]) for path in paths))
@@ -473,6 +475,7 @@ def line_cases() -> list[tuple[str, str, list[dict[str, str]]]]:
             "401, 403, 404, 405, no call id",
             _statuses([401, 403, 404, 405], _NO_ID),
         ),
+        ("a redirect, such as LiteLLM's to the path without a slash", "3xx, no call id", _statuses([307], _NO_ID)),
         (
             "nginx refused: too large, too often, malformed",
             "4xx or 5xx, no upstream",

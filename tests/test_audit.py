@@ -316,6 +316,11 @@ FACT, REJECTED = None, SkipReason.REJECTED_BEFORE_LLM
         *((code, "", "", "", REJECTED) for code in ("401", "403", "404", "405")),
         *((code, "-", code, "0.001", REJECTED) for code in ("401", "403", "404", "405")),
         *((code, "id", code, "0.001", FACT) for code in ("401", "403", "404", "405")),
+        # sent elsewhere, by nginx or by LiteLLM: the call is what comes there
+        *((code, "", code, "0.001", REJECTED) for code in ("301", "302", "307", "308")),
+        *((code, "", "", "", REJECTED) for code in ("301", "302", "307", "308")),
+        ("307", "id", "307", "0.001", FACT),
+        ("299", "", "299", "0.001", FACT),
         # nginx's own answers
         *((code, "", "", "", REJECTED) for code in ("400", "408", "411", "413", "414", "429", "500", "503")),
         *((code, "", "-", "-", REJECTED) for code in ("400", "413", "503")),
@@ -720,7 +725,7 @@ def test_older_times(ts: object) -> None:
     assert fact_of(older(ts=ts)).occurred_at == datetime(2025, 3, 1, 10, tzinfo=UTC)
 
 
-@pytest.mark.parametrize("status", ["401", "403", "404", "405"])
+@pytest.mark.parametrize("status", ["307", "401", "403", "404", "405"])
 def test_older_rejected(status: str) -> None:
     assert skip_reason(older(status=status, litellm_call_id="")) is SkipReason.REJECTED_BEFORE_LLM
     assert skip_reason(older(status=status)) is None

@@ -35,7 +35,7 @@ from billing_tailer.errors import ConfigError
 from billing_tailer.spend import slim
 from billing_tailer.spool import Spool
 from billing_tailer.web import callbacks
-from billing_tailer.web.callbacks import PATH, Element, Elements, callback_route
+from billing_tailer.web.callbacks import PATH, Element, Elements, callback_routes
 from tests.support.callbacks import CANARY, SAMPLES, dumps, event, post
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +49,8 @@ def application(
     async def livez(_: Request) -> Response:
         return PlainTextResponse("alive")
 
-    route = callback_route(token, spool, slim, body_bytes_max, count, **options)
-    return Starlette(routes=[route, Route("/livez", livez)])
+    routes = callback_routes(token, spool, slim, body_bytes_max, count, **options)
+    return Starlette(routes=[*routes, Route("/livez", livez)])
 
 
 class QuickServer(uvicorn.Server):
@@ -107,20 +107,20 @@ class Served:
         self._listener.close()
         self.spool.stop()
 
-    def post(self, body: bytes | Iterable[bytes], **headers: str) -> tuple[int, dict[str, Any]]:
+    def post(self, body: bytes | Iterable[bytes], *, path: str = PATH, **headers: str) -> tuple[int, dict[str, Any]]:
         """headers: with _ for -. An iterable is sent in chunks, without Content-Length."""
-        status, answer, _ = self.post_for_headers(body, **headers)
+        status, answer, _ = self.post_for_headers(body, path=path, **headers)
         return status, answer
 
     def post_for_headers(
-        self, body: bytes | Iterable[bytes], **headers: str
+        self, body: bytes | Iterable[bytes], *, path: str = PATH, **headers: str
     ) -> tuple[int, dict[str, Any], dict[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         sent = {"authorization": f"Bearer {TOKEN}", "content-type": "application/json"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         try:
             raw = {name: value.encode() for name, value in sent.items() if value}
-            connection.request("POST", PATH, body, raw, encode_chunked=not isinstance(body, bytes))
+            connection.request("POST", path, body, raw, encode_chunked=not isinstance(body, bytes))
             response = connection.getresponse()
             return response.status, json.loads(response.read()), {k.lower(): v for k, v in response.getheaders()}
         finally:
@@ -394,6 +394,14 @@ def test_a_string_is_never_cut_within_a_character(text: str, size: int) -> None:
         assert text.startswith(kept if not kept or kept[-1] < "\ud800" or kept[-1] > "\udbff" else kept[:-1])
 
 
+def test_a_slash_at_the_end_makes_no_difference(served: Served) -> None:
+    """LiteLLM does not follow redirects: it would drop the batch."""
+    assert served.post(dumps([event("x")]), path=f"{PATH}/") == (200, {"accepted": 1, "rejected": 0})
+    assert served.post(b"{}", path=f"{PATH}/", authorization="")[0] == 401
+    assert served.call_ids() == ["x"]
+    assert served.counted == [200, 401]
+
+
 # --- who may post
 
 
@@ -434,7 +442,7 @@ def test_without_a_token_only_this_machine_may_post(tmp_path: Path) -> None:
 
 def test_an_empty_token_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CALLBACK_TOKEN"):
-        callback_route("", Spool(tmp_path, 1, print), slim, 1, print)
+        callback_routes("", Spool(tmp_path, 1, print), slim, 1, print)
 
 
 # --- encodings, sizes, time

@@ -95,10 +95,7 @@ def test_alive_while_the_loop_turns(client: httpx.Client, health: Health) -> Non
 
 @pytest.mark.parametrize("path", ["/", "/metrics/", "/livez/x", "/v1/runs", "//livez", "/%00"])
 def test_an_unknown_path(client: httpx.Client, path: str) -> None:
-    answer = client.request("GET", path, follow_redirects=False)
-    assert answer.status_code in {404, 307}
-    if answer.status_code == 307:
-        assert answer.headers["location"].startswith(str(client.base_url)), "no redirect elsewhere"
+    assert client.request("GET", path, follow_redirects=False).status_code == 404
 
 
 def test_other_methods(client: httpx.Client) -> None:

@@ -71,7 +71,7 @@ Slim = Callable[[Mapping[str, Any]], dict[str, Any]]
 """An event -> the few fields of it that may be stored, all of them plain JSON."""
 
 
-def callback_route(
+def callback_routes(
     token: str | None,
     spool: Spool,
     slim: Slim,
@@ -79,9 +79,10 @@ def callback_route(
     count: Callable[[int], None],
     *,
     body_seconds_max: float = BODY_SECONDS_MAX,
-) -> Route:
-    """The endpoint. token: None lets only clients on this machine in. body_bytes_max: as sent, and again after
-    decompression. count: told the status of every answer. Raises ConfigError for an empty token."""
+) -> list[Route]:
+    """The endpoint, also with a slash at the end: a redirect would lose the body. token: None lets only clients on this
+    machine in. body_bytes_max: as sent, and again after decompression. count: told the status of every answer. Raises
+    ConfigError for an empty token."""
     if token is not None and not token:
         raise ConfigError("BILLING_TAILER_CALLBACK_TOKEN is empty", "set a token, or leave the variable out")
     callbacks = _Callbacks(token, spool, slim, body_bytes_max, body_seconds_max)
@@ -95,7 +96,7 @@ def callback_route(
             count(status)
         return response
 
-    return Route(PATH, endpoint, methods=["POST"])
+    return [Route(path, endpoint, methods=["POST"]) for path in (PATH, f"{PATH}/")]
 
 
 class _TooLarge(Exception):

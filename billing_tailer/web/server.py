@@ -94,4 +94,6 @@ def application(events: Events, health: Health, routes: Sequence[BaseRoute] = ()
         return Response(events.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     own = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]
-    return Starlette(routes=[*own, *routes])
+    app = Starlette(routes=[*own, *routes])
+    app.router.redirect_slashes = False  # a 404 is seen; a redirect may lose the body or the token
+    return app
