@@ -117,6 +117,7 @@ class Spool:
         self._queue_lock = threading.Lock()
         self._open = False
         self._next_keeping = 0.0
+        self._refused_bytes = 0
         self.committer: Callable[[], Committer | None] = lambda: None
         """Who tails the spool: this process, another one, or nobody for now. Called from the writing thread."""
         self.has_more = False
@@ -140,6 +141,7 @@ class Spool:
                     f"BILLING_TAILER_SPOOL_DIR={self.directory}: {error.strerror}",
                     "name a directory on a disk that outlives the container, writable for this user",
                 ) from None
+            self._refused_bytes = 1
             self._tell("writing", f"{self.directory}: {error.strerror}")
         self._open = True
         self._thread.start()
@@ -220,6 +222,7 @@ class Spool:
                     request.done.set_result(None)
                 else:
                     request.done.set_exception(SpoolError(trouble))  # one each: it will be raised in many places
+            self._refused_bytes = 0 if trouble is None else group_bytes
             self._tell("writing", trouble)
 
     def _refuse_the_rest(self) -> None:
@@ -289,18 +292,27 @@ class Spool:
     # --- putting in order: the writing thread, between two groups
 
     def _keep_in_order(self) -> None:
+        self._look_for_recovery()
         trouble: str | None = None
         try:
             committer = self.committer()
             if committer == "another":
                 self._hand_over()
-            elif self._file is not None and self._file.torn:
-                self._writable()  # the end, or it would seem unread until somebody posts
             if committer == "us":
                 self._take_over()
         except OSError as error:
             trouble = f"{self.directory}: {error.strerror}"
         self._tell("keeping in order", trouble)
+
+    def _look_for_recovery(self) -> None:
+        """After a refusal: an alarm must end, and a torn line, which seems unread, although nobody posts."""
+        if not self._refused_bytes:
+            return
+        with contextlib.suppress(OSError, SpoolError):
+            self._make_room(self._refused_bytes)
+            os.fsync(self._writable().fd)
+            self._refused_bytes = 0
+            self._tell("writing", None)
 
     def _hand_over(self) -> None:
         """Leave our file to the process that commits."""

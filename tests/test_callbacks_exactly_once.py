@@ -127,10 +127,10 @@ def test_a_write_torn_by_a_kill_leaves_nothing_to_do(dsn: str, tmp_path: Path) -
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
         assert _posted(daemon, [event(f"whole-{number}") for number in range(100)]) == 200
         (path,) = spool.iterdir()
-        limits = (path.stat().st_size + 1000, resource.RLIM_INFINITY)  # no write goes further
-        resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, limits)
+        limit = path.stat().st_size + 1000
+        _let_files_grow(daemon, limit)
         assert _posted(daemon, [event(f"torn-{number}") for number in range(100)]) == 503
-        assert path.stat().st_size == limits[0]
+        assert path.stat().st_size == limit
         daemon.kill()
         (tmp_path / "volume/audit.jsonl").write_bytes(line(1))
         daemon.start()
@@ -189,3 +189,36 @@ def test_a_standby_takes_callbacks_for_the_one_that_commits(dsn: str, tmp_path: 
         assert rows(dsn, "select 1 from tail_files where state = 'missing'") == []
         assert "spool.trouble" not in active.log() + standby.log()
         assert_sound(dsn)
+
+
+@pytest.mark.e2e
+def test_a_full_disk_loses_nothing_that_was_acknowledged(dsn: str, tmp_path: Path) -> None:
+    """Callbacks are refused and the alarm is raised; with room again both end by themselves, and no line is mixed."""
+    spool = tmp_path / "spool"
+    with _daemon(dsn, tmp_path) as daemon:
+        daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
+        safe: set[str] = set()
+        codes: list[int | None] = []
+        for number in range(60):
+            call_ids = [f"call-{number}-{index}" for index in range(50)]
+            codes.append(_posted(daemon, [event(call_id) for call_id in call_ids]))
+            safe |= set(call_ids) if codes[-1] == 200 else set()
+            if number == 20:
+                (path,) = spool.iterdir()
+                _let_files_grow(daemon, path.stat().st_size + 5000)
+            elif number == 40:
+                assert daemon.metric("billing_tailer_spool_alarm") == 1
+                _let_files_grow(daemon, resource.RLIM_INFINITY)
+                daemon.wait_until(lambda: daemon.metric("billing_tailer_spool_alarm") == 0)
+        assert codes == [200] * 21 + [503] * 20 + [200] * 19
+        daemon.wait_until(lambda: _everything_is_committed(dsn, spool))
+        found = {row["call_id"] for row in rows(dsn, "select call_id from spend_records")}
+        assert safe <= found
+        assert rows(dsn, "select 1 from spend_records group by call_id having count(*) > 1") == []
+        assert set(outcomes(dsn)) == {"spend_record", "torn"}
+        assert_sound(dsn)
+
+
+def _let_files_grow(daemon: Daemon, bytes_max: int) -> None:
+    """No file of the daemon becomes longer: a write that would make it so ends half way, as on a full disk."""
+    resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (bytes_max, resource.RLIM_INFINITY))

@@ -72,6 +72,18 @@ def dead_file(directory: Path, content: bytes, number: int = 0) -> Path:
     return path
 
 
+@pytest.fixture
+def keeping_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("billing_tailer.spool.KEEPING_SECONDS", 0.01)
+
+
+def wait_for(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 # --- writing
 
 
@@ -264,15 +276,19 @@ def test_a_failure_in_the_middle_refuses_all_who_wait(
     assert all(path.read_bytes()[-1:] == b"\n" for path in spooled(tmp_path))
 
 
+@pytest.mark.usefixtures("keeping_often")
 def test_bytes_max_counts_everybodys_files(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
     dead_file(tmp_path, b"x" * 60 + b"\n")
     desk = open_desk(bytes_max=100)
     desk.put("1" * 29)
     assert "full (100 bytes)" in desk.refuse(b"1" * 29 + b"\n")
     assert desk.reports == [f"{tmp_path}: the spool is full (100 bytes)"]
+    time.sleep(0.1)
+    assert len(desk.reports) == 1, "there is room, but not for what was refused"
     assert desk.spool.janitor(lambda _path, _size: True, 0, time.time() + 1) != ()
+    wait_for(lambda: desk.reports[-1] is None)
     desk.put("1" * 29)
-    assert desk.reports[-1] is None
+    assert len(desk.reports) == 2
 
 
 def test_a_vanished_directory_is_not_made_anew(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
@@ -430,18 +446,6 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, open_desk: C
 # --- a standby
 
 
-@pytest.fixture
-def keeping_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("billing_tailer.spool.KEEPING_SECONDS", 0.01)
-
-
-def wait_for(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def handed_over(directory: Path) -> list[Path]:
     return sorted(directory.glob("handed-over-*"))
 
@@ -551,7 +555,10 @@ def test_a_torn_line_ends_although_nobody_posts(
         patch.setattr(os, "write", write)
         assert "No space left" in desk.refuse(b"12345\n")
         assert lines_of(tmp_path) == [b"1\n", b"1234"]
+        assert len(desk.reports) == 1
     wait_for(lambda: lines_of(tmp_path)[-1] == b"1234" + TORN + b"\n")
+    wait_for(lambda: desk.reports[-1] is None)
+    assert len(desk.reports) == 2, "the alarm ended, too"
 
 
 # --- the janitor
