@@ -9,6 +9,7 @@ import os
 import queue
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -188,7 +189,7 @@ def _log_files(settings: Settings, spool: Spool | None) -> LogFiles:
     return LogFiles(
         (*settings.audit_globs, spool.glob),
         settings.open_files_max,
-        lambda path: not path.startswith(inside) or spool.may_read(path),
+        lambda path: spool.readable_bytes(path) if path.startswith(inside) else sys.maxsize,
     )
 
 
@@ -230,6 +231,7 @@ def _follow(
     ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
     ending.abort = ledger.abort
     if spool is not None:
+        spool.synced = wake.set
         spool.committer = lambda: _COMMITTER.get(ledger.state)
     in_spool = None if spool is None else escape_path(os.fsencode(spool.directory)) + "/"
 

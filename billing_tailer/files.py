@@ -11,6 +11,7 @@ import glob
 import hashlib
 import os
 import stat
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -95,10 +96,14 @@ class LogFiles:
     """The log files of a set of globs, with a bounded number of them held open."""
 
     def __init__(
-        self, globs: Sequence[str], open_files_max: int, may_read: Callable[[bytes], bool] = lambda _: True
+        self,
+        globs: Sequence[str],
+        open_files_max: int,
+        readable_bytes: Callable[[bytes], int | None] = lambda _: sys.maxsize,
     ) -> None:
-        """may_read: asked for the path of every file that a glob matches; False leaves it alone for now."""
-        self._may_read = may_read
+        """readable_bytes: asked for the path of every file that a glob matches, how much of it may be read; None leaves
+        it alone for now."""
+        self._readable_bytes = readable_bytes
         self._globs = [os.fsencode(pattern) for pattern in globs]
         self.open_files_max = open_files_max
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
@@ -264,12 +269,14 @@ class LogFiles:
             locator = (status.st_dev, status.st_ino)
             if not stat.S_ISREG(status.st_mode) or (not matches and locator not in wanted):
                 continue
-            if not self._may_read(entry.path):
+            readable = self._readable_bytes(entry.path)
+            if readable is None:
                 continue
             if not matches:
                 strays.add(escape_path(entry.path))
             if locator not in found or (matches and found[locator].path in strays):
-                found[locator] = _seen(escape_path(entry.path), status)
+                seen = _seen(escape_path(entry.path), status)
+                found[locator] = replace(seen, size=min(seen.size, readable))
 
     # --- comparing
 
@@ -335,10 +342,10 @@ class LogFiles:
         if file.compressed:
             return self._read_archive(position, file, bytes_max)
         try:
-            fd = self._open(file)
-            size = os.fstat(fd).st_size
+            fd, bound = self._open(file), self._bound(file.path)
+            size = min(os.fstat(fd).st_size, bound)
             start = position.committed_offset - position.frontier_bytes
-            buffer = os.pread(fd, position.frontier_bytes + bytes_max, start)
+            buffer = os.pread(fd, max(0, min(position.frontier_bytes + bytes_max, bound - start)), start)
             context = buffer[: position.frontier_bytes]
             if size < position.size_seen or hashlib.sha256(context).digest() != position.frontier_sha256:
                 return _compare(fd, size, position)
@@ -375,7 +382,11 @@ class LogFiles:
         if file.compressed:
             archive = self._archive(file)
             return archive.read(self._raw(file), offset, bytes_max, skip_bytes_max=archive.size) or b""
-        return os.pread(self._open(file), bytes_max, offset)
+        return os.pread(self._open(file), max(0, min(bytes_max, self._bound(file.path) - offset)), offset)
+
+    def _bound(self, path: str) -> int:
+        bound = self._readable_bytes(unescape_path(path))
+        return sys.maxsize if bound is None else bound  # it was readable when it was seen
 
     def still_agrees(self, position: Position, file: SeenFile, after: Position | None = None) -> bool:
         """The look before a commit is sent: the committed part is unchanged, and what was read, up to the position
@@ -452,7 +463,7 @@ class LogFiles:
             return None
         handle = self._handles.get(locator)
         try:
-            return None if handle is None else os.fstat(handle.fd).st_size
+            return None if handle is None else min(os.fstat(handle.fd).st_size, self._bound(handle.path))
         except OSError:
             return None
 

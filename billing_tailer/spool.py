@@ -23,6 +23,7 @@ import glob
 import os
 import queue
 import re
+import sys
 import threading
 import time
 import uuid
@@ -122,6 +123,8 @@ class Spool:
         """Who tails the spool: this process, another one, or nobody for now. Called from the writing thread."""
         self.has_more = False
         """Whether there are records of a standby which are not in a file that is tailed yet."""
+        self.synced: Callable[[], None] = lambda: None
+        """Told that there is more to read: an fsync makes no event of the file system."""
         self._thread = threading.Thread(target=self._work, name="spool", daemon=True)
 
     @property
@@ -255,6 +258,7 @@ class Spool:
             file.torn = True
             raise
         file.safe = file.size
+        self.synced()
 
     def _writable(self) -> _File:
         """The file to write to: the same as before, or the next one."""
@@ -347,18 +351,21 @@ class Spool:
 
     # --- the reading side: other threads
 
-    def may_read(self, path: bytes) -> bool:
-        """Whether a spool file is ours to tail: our own, or one that is finished."""
+    def readable_bytes(self, path: bytes) -> int | None:
+        """How much of a spool file is ours to tail: of the one we write what is on disk, of a finished one everything;
+        None where it is another's."""
         name = Path(os.fsdecode(path)).name
-        match = _NAME.fullmatch(name)
-        if match is None:
-            return False
-        if match["instance"] == self._instance or name in self._adopted:
-            return True
-        with self._finished(self.directory / name) as fd:
-            if fd is not None:
+        file = self._file
+        if file is not None and file.path.name == name:
+            return file.safe
+        if _NAME.fullmatch(name) is None:
+            return None
+        if name not in self._adopted:
+            with self._finished(self.directory / name) as fd:
+                if fd is None:
+                    return None
                 self._adopted.add(name)  # a finished file is never written again: no name is used twice
-        return fd is not None
+        return sys.maxsize
 
     def janitor(
         self, may_delete: Callable[[bytes, int], bool], older_than_seconds: float, now: float

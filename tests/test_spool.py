@@ -16,6 +16,7 @@ import pytest
 
 from billing_tailer import spend
 from billing_tailer.errors import ConfigError
+from billing_tailer.files import LogFiles
 from billing_tailer.spool import TORN, Spool, SpoolError
 
 ROOM = 1 << 30
@@ -341,20 +342,20 @@ def test_two_living_processes_side_by_side(tmp_path: Path, open_desk: Callable[.
     theirs.put("2")
     (our_file,) = [path for path in spooled(tmp_path) if path.read_bytes() == b"1\n"]
     (their_file,) = [path for path in spooled(tmp_path) if path.read_bytes() == b"2\n"]
-    assert ours.spool.may_read(bytes(our_file))
-    assert theirs.spool.may_read(bytes(their_file))
-    assert not ours.spool.may_read(bytes(their_file))
-    assert not theirs.spool.may_read(bytes(our_file))
+    assert ours.spool.readable_bytes(bytes(our_file))
+    assert theirs.spool.readable_bytes(bytes(their_file))
+    assert not ours.spool.readable_bytes(bytes(their_file))
+    assert not theirs.spool.readable_bytes(bytes(our_file))
     ours.put("123456789")
     ours.put("3")
-    assert theirs.spool.may_read(bytes(our_file)), "it is finished"
+    assert theirs.spool.readable_bytes(bytes(our_file)), "it is finished"
     ours.spool.stop()
-    assert all(theirs.spool.may_read(bytes(path)) for path in spooled(tmp_path))
+    assert all(theirs.spool.readable_bytes(bytes(path)) for path in spooled(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["audit.jsonl", "callbacks-x.jsonl", f"callbacks-{'ab' * 16}-000009.jsonl"])
 def test_other_and_missing_files_are_not_ours(tmp_path: Path, open_desk: Callable[..., Desk], name: str) -> None:
-    assert not open_desk().spool.may_read(bytes(tmp_path / name))
+    assert not open_desk().spool.readable_bytes(bytes(tmp_path / name))
 
 
 def test_a_dead_writers_torn_end_is_marked_once(tmp_path: Path, open_desk: Callable[..., Desk]) -> None:
@@ -364,7 +365,7 @@ def test_a_dead_writers_torn_end_is_marked_once(tmp_path: Path, open_desk: Calla
     for _ in range(2):
         desk = open_desk()
         for _ in range(2):
-            assert all(desk.spool.may_read(bytes(path)) for path in (torn, whole, empty))
+            assert all(desk.spool.readable_bytes(bytes(path)) for path in (torn, whole, empty))
     assert [path.read_bytes() for path in (torn, whole, empty)] == [b"1\n{tor\x18\n", b"2\n", b""]
 
 
@@ -379,11 +380,11 @@ def test_a_torn_file_that_cannot_be_marked_is_reported_and_tried_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
-        assert not desk.spool.may_read(bytes(path))
+        assert not desk.spool.readable_bytes(bytes(path))
     assert desk.reports == [f"{path}: Read-only file system"]
     desk.put("1")
     assert desk.reports[-1] is not None, "writing well does not heal it"
-    assert desk.spool.may_read(bytes(path))
+    assert desk.spool.readable_bytes(bytes(path))
     assert desk.reports[-1] is None
 
 
@@ -434,13 +435,44 @@ def test_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path, open_desk: C
     with (spooled(tmp_path)[0]).open("ab") as file:
         file.write(b"123")  # a write that came half way: SIGKILL alone rarely tears one
     desk = open_desk()
-    assert all(desk.spool.may_read(bytes(path)) for path in spooled(tmp_path))
+    assert all(desk.spool.readable_bytes(bytes(path)) is not None for path in spooled(tmp_path))
     lines = [line for line in lines_of(tmp_path) if not line.endswith(TORN + b"\n")]
     assert all(len(line) == 351 for line in lines)
     found = [int(line[:7]) for line in lines]
     assert len(acknowledged) >= 600
     assert len(set(acknowledged)) == len(acknowledged)
     assert {number for number in acknowledged if found.count(number) != 1} == set()
+
+
+def test_nothing_is_read_before_it_is_on_disk(
+    tmp_path: Path, open_desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it could be committed, and be gone after a power cut: the position would lie behind the end."""
+    desk = open_desk()
+    desk.put("1")
+    files = LogFiles([desk.spool.glob], 8, desk.spool.readable_bytes)
+    (seen,) = files.scan().files
+    assert files.read_at(seen, 0, 100) == b"1\n"
+    go, entered = threading.Event(), threading.Event()
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        entered.set()
+        assert go.wait(WAIT_SECONDS)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    waiting = desk.spool.append(b"2\n")
+    assert entered.wait(WAIT_SECONDS)
+    assert spooled(tmp_path)[0].read_bytes() == b"1\n2\n"
+    assert files.read_at(seen, 0, 100) == b"1\n"
+    assert files.held_size(seen.locator) == 2
+    assert files.scan().files[0].size == 2
+    go.set()
+    waiting.result(WAIT_SECONDS)
+    assert files.read_at(seen, 0, 100) == b"1\n2\n"
+    assert files.held_size(seen.locator) == 4
+    files.close()
 
 
 # --- a standby
@@ -467,7 +499,7 @@ def test_a_standby_hands_over_what_it_took(tmp_path: Path, open_desk: Callable[.
     wait_for(lambda: handed_over(tmp_path) == [])
     assert sorted(numbers(tmp_path)) == list(range(6))
     (path,) = spooled(tmp_path)
-    assert active.spool.may_read(bytes(path)), "one file, and one position, for all of it"
+    assert active.spool.readable_bytes(bytes(path)), "one file, and one position, for all of it"
     wait_for(lambda: not active.spool.has_more)
     assert standby.reports == active.reports == []
 
@@ -519,9 +551,9 @@ def test_a_file_with_a_position_keeps_its_name(tmp_path: Path, open_desk: Callab
     desk.put("2")
     (path,) = [path for path in spooled(tmp_path) if path.stat().st_size]
     wait_for(lambda: desk.spool._file is not None and desk.spool._file.followed)
-    assert not other.spool.may_read(bytes(path))
+    assert not other.spool.readable_bytes(bytes(path))
     desk.spool.committer = lambda: "another"
-    wait_for(lambda: other.spool.may_read(bytes(path)))
+    wait_for(lambda: other.spool.readable_bytes(bytes(path)))
     assert handed_over(tmp_path) == []
     desk.put("3")
     wait_for(lambda: len(handed_over(tmp_path)) == 1)
@@ -534,7 +566,7 @@ def test_a_file_is_on_disk_before_it_is_read(
     desk, path = open_desk(), dead_file(tmp_path, b"1\n")
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_ino))
-    assert desk.spool.may_read(bytes(path))
+    assert desk.spool.readable_bytes(bytes(path))
     assert synced == [path.stat().st_ino]
 
 
