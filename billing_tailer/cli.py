@@ -24,6 +24,7 @@ from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.model import FileState, Position
 from billing_tailer.money_cli import money
 from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
+from billing_tailer.proof_cli import proof
 from billing_tailer.resets import newest_at, parse_request, plan_reset
 from billing_tailer.settings import OffsetReset, Settings, load
 
@@ -35,6 +36,7 @@ offsets = typer.Typer(no_args_is_help=True, help="Where each file stands, and mo
 dead_letters = typer.Typer(no_args_is_help=True, help="Byte ranges that could not become facts.")
 cli.add_typer(offsets, name="offsets")
 cli.add_typer(dead_letters, name="dead-letters")
+cli.add_typer(proof)
 cli.add_typer(money)
 
 

@@ -8,14 +8,17 @@ import contextlib
 import errno
 import fnmatch
 import glob
+import gzip
 import hashlib
 import os
 import stat
 import sys
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from billing_tailer.errors import ConfigError
 from billing_tailer.gzipped import Archive, BrokenArchive, Content
@@ -565,3 +568,80 @@ def _directories(pattern: bytes) -> list[bytes]:
     if not os.path.isdir(_fixed_directory(pattern)):
         return []
     return sorted(d for d in glob.glob(directory) if os.path.isdir(d))
+
+
+# --- whole files, for proofs and old logs
+
+GZIP_MAGIC = b"\x1f\x8b"
+SKIP_BYTES = 1 << 20
+
+
+class LogStream:
+    """The bytes of one log from its beginning to its end as it is now, whether stored plain or as gzip; in bounded
+    memory. Every method raises OSError where the file cannot be read or is damaged."""
+
+    def __init__(self, path: str) -> None:
+        """path: escaped."""
+        fd = os.open(unescape_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._raw = os.fdopen(fd, "rb", buffering=SKIP_BYTES)
+        self.file = _seen(path, os.fstat(fd))
+        self.offset = 0
+        """Of the next byte that is read, in the log."""
+        self.compressed = stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(GZIP_MAGIC), 0) == GZIP_MAGIC
+        self._bytes = gzip.GzipFile(fileobj=self._raw) if self.compressed else self._raw
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._bytes.close()
+        self._raw.close()
+
+    @property
+    def stored_bytes_read(self) -> int:
+        """How far the stored file has been read, against `file.size`."""
+        return self._raw.tell()
+
+    def read(self, bytes_max: int) -> bytes:
+        """The next bytes, fewer than asked for at the end only."""
+        try:
+            data = self._bytes.read(bytes_max)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise OSError(errno.EIO, f"damaged gzip: {error}", self.file.path) from None
+        self.offset += len(data)
+        return data
+
+    def skip_to(self, offset: int) -> None:
+        """Go forward to an offset of the log, or to its end where it ends before."""
+        if not self.compressed:
+            self.offset = self._raw.seek(min(offset, os.fstat(self._raw.fileno()).st_size))
+        while self.offset < offset and self.read(min(SKIP_BYTES, offset - self.offset)):
+            pass
+
+
+def directory_of(path: str) -> str:
+    """The directory of an escaped path, escaped."""
+    return escape_path(os.path.dirname(unescape_path(path)))
+
+
+def regular_files(directories: Collection[str]) -> tuple[list[SeenFile], list[str]]:
+    """Every regular file in these directories (escaped paths), whatever its name; and what could not be looked at, in
+    words."""
+    found: dict[tuple[int, int], SeenFile] = {}
+    problems: list[str] = []
+    for directory in sorted(directories):
+        try:
+            with os.scandir(unescape_path(directory)) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    with contextlib.suppress(FileNotFoundError):
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            file = _seen(escape_path(entry.path), status)
+                            found.setdefault(file.locator, file)
+        except OSError as error:
+            problems.append(f"cannot list {directory}: {error.strerror}")
+    return list(found.values()), problems

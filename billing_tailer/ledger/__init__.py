@@ -2,6 +2,7 @@
 
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.operator import Operator, Told, operator
+from billing_tailer.ledger.proofs import Generation, PlacedRows, Proofs, Tile, proofs
 from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
 from billing_tailer.ledger.resets import Reset
 from billing_tailer.ledger.runs import Reads, RunStatus
@@ -12,14 +13,18 @@ from billing_tailer.ledger.writer import Changes, Committed, Ledger, LedgerState
 __all__ = [
     "Changes",
     "Committed",
+    "Generation",
     "Ledger",
     "LedgerState",
     "NewFile",
     "Operator",
+    "PlacedRows",
+    "Proofs",
     "Reads",
     "Reports",
     "Reset",
     "RunStatus",
+    "Tile",
     "Told",
     "Waiting",
     "Window",
@@ -28,6 +33,7 @@ __all__ = [
     "models_seen",
     "operator",
     "probe",
+    "proofs",
     "reason_of",
     "reports",
 ]

@@ -545,3 +545,51 @@ select now()
 
 -- name: models_seen
 select distinct model_group, model from spend_records
+
+-- name: proof_files
+-- A generation with its last committed range and how far back it was ever rewound, at one moment: what is committed
+-- afterwards is not looked at. Rows behind the offset are left by a rewind alone.
+select f.file_id, f.path, f.device, f.inode, f.generation, f.previous_file_id, f.head, f.committed_offset,
+       f.frontier_sha256, f.frontier_bytes, f.size_seen, f.state, f.blocked_reason, f.dead_letter_bytes,
+       f.first_seen_at, f.last_commit_at, f.source_id,
+       b.start_offset as last_start, b.end_offset as last_end, b.sha256 as last_sha256, b.counts as last_counts,
+       (select min(new_offset) from offset_resets r
+        where r.file_id = f.file_id and r.new_offset < r.old_offset) as rewound_to,
+       (select min(start_offset) from usage_facts u
+        where u.file_id = f.file_id and u.start_offset >= f.committed_offset) as fact_beyond,
+       (select min(start_offset) from tail_batches t
+        where t.file_id = f.file_id and t.end_offset > f.committed_offset) as batch_beyond,
+       (select count(*) from dead_letters d where d.file_id = f.file_id and d.resolved_at is null) as letters_open
+from tail_files f
+left join lateral (select start_offset, end_offset, sha256, counts from tail_batches t
+                   where t.file_id = f.file_id order by t.start_offset desc limit 1) b on true
+where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and f.file_id > %(after)s
+order by f.file_id limit %(limit)s
+
+-- name: proof_tiles
+-- Committed ranges and gaps below an offset, in order.
+select start_offset, end_offset, sha256, counts from (
+    select start_offset, end_offset, sha256, counts, 0 as kind from tail_batches where file_id = %(file_id)s
+    union all
+    select start_offset, end_offset, null, null, 1 from log_gaps where file_id = %(file_id)s
+) tiles
+where (start_offset, kind) > (%(after)s, %(kind)s) and start_offset < %(before)s
+order by start_offset, kind limit %(limit)s
+
+-- name: proof_facts
+-- Packed: eight bytes an offset, big endian. Ordered once, by the index, not by each aggregate.
+select coalesce(string_agg(int8send(start_offset), ''::bytea), '') as starts,
+       coalesce(string_agg(int8send(end_offset), ''::bytea), '') as ends,
+       coalesce(array_agg(start_offset) filter (where line_sha256 is not null), '{}') as hashed,
+       coalesce(array_agg(line_sha256) filter (where line_sha256 is not null), '{}') as hashes
+from (select start_offset, end_offset, line_sha256 from usage_facts
+      where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s
+      order by start_offset) facts
+
+-- name: proof_letters
+select start_offset, end_offset, sha256 from dead_letters
+where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s order by start_offset
+
+-- name: proof_conflicts
+select start_offset, end_offset from call_conflicts
+where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s order by start_offset

@@ -1,0 +1,137 @@
+"""The verbs that prove: what is committed against the log itself, and receipts against their records.
+
+They only read, beside a running daemon or without one. Exit code 1 where something differs.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from billing_tailer import app as daemon
+from billing_tailer.errors import ConfigError
+from billing_tailer.files import LogFiles, escape_path
+from billing_tailer.ledger import Generation, Proofs, proofs
+from billing_tailer.printing import AsJson, print_pairs, print_rows, text
+from billing_tailer.settings import Settings, load
+from billing_tailer.survivors import Survivors, survivors
+from billing_tailer.verify import Checked, verify
+
+proof = typer.Typer(no_args_is_help=True)
+
+File = Annotated[str | None, typer.Option(metavar="PATH", help="Only what was read from this file, or stands in it.")]
+
+
+@proof.command("verify")
+def verify_(file: File = None, as_json: AsJson = False) -> None:
+    """Prove from the log itself that every committed byte has its outcome; exit code 1 with each difference."""
+    settings = load()
+    with daemon.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
+        answer = _verified(settings, ledger, file)
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        _print_verified(answer)
+    raise typer.Exit(0 if answer["ok"] else 1)
+
+
+def _verified(settings: Settings, ledger: Proofs, file: str | None) -> dict[str, Any]:
+    generations = ledger.generations()
+    found = find_survivors(settings, generations)
+    chosen = [
+        one
+        for one in generations
+        if file is None or _is_about(one, found, escape_path(os.fsencode(Path(file).absolute())))
+    ]
+    if file is not None and not chosen:
+        raise ConfigError(f"nothing is known of {text(file)}", "see `billing-tailer files` for the known paths")
+    todo = sum(one.position.committed_offset for one in chosen if one.position.file_id in found.files)
+    checked: list[Checked] = []
+    with progress_bar("verifying", todo) as bar:
+        for one in chosen:
+            checked.append(verify(one, found.files.get(one.position.file_id), ledger, bar))
+            if one.position.file_id in found.unreadable:
+                checked[-1].differ(0, one.position.committed_offset, found.unreadable[one.position.file_id])
+    rows = [_row(one) for one in checked]
+    differences = [asdict(difference) for one in checked for difference in one.differences]
+    return {
+        "ok": not differences,
+        "generations": rows,
+        "differences": differences,
+        "differences_not_shown": sum(one.more_differences for one in checked),
+        "bytes_read": sum(one.bytes_read for one in checked),
+        "not_on_disk": [row["file_id"] for row in rows if row["committed_offset"] and row["found_at"] is None],
+        "problems": found.problems,
+    }
+
+
+def find_survivors(settings: Settings, generations: Sequence[Generation]) -> Survivors:
+    """Where the content of each generation is today, as these settings see it."""
+    directories = LogFiles(settings.audit_globs, settings.open_files_max).directories()
+    return survivors(generations, [escape_path(os.fsencode(directory)) for directory in directories])
+
+
+def _is_about(generation: Generation, found: Survivors, path: str) -> bool:
+    file = found.files.get(generation.position.file_id)
+    return path in (generation.position.path, None if file is None else file.path)
+
+
+def _row(one: Checked) -> dict[str, Any]:
+    position = one.position
+    return {
+        "file_id": position.file_id,
+        "path": position.path,
+        "generation": position.generation,
+        "state": str(position.state),
+        "found_at": one.found_at,
+        "committed_offset": position.committed_offset,
+        "bytes_read": one.bytes_read,
+        "ranges": one.ranges,
+        "gaps": one.gaps,
+        "facts": one.facts,
+        "dead_letters": one.dead_letters,
+        "conflicts": one.conflicts,
+        "is_whole": one.is_whole,
+        "differences": len(one.differences) + one.more_differences,
+    }
+
+
+def _print_verified(answer: dict[str, Any]) -> None:
+    columns = ["file_id", "path", "found_at", "committed_offset", "ranges", "gaps", "facts", "dead_letters"]
+    rows = [
+        {**row, "found_at": row["found_at"] or ("not on disk" if row["committed_offset"] else None)}
+        for row in answer["generations"]
+    ]
+    print_rows(rows, [*columns, "differences"], False)
+    for one in answer["differences"]:
+        place = f"{text(one['path'])} (file_id {one['file_id']})"
+        print(f"DIFFERENCE {place}, bytes {one['start_offset']} to {one['end_offset']}: {one['what']}")
+    for problem in answer["problems"]:
+        print(f"warning: {text(problem)}")
+    shown = len(answer["differences"]) + answer["differences_not_shown"]
+    print_pairs({"differences": shown, "bytes_read": answer["bytes_read"], "not_on_disk": len(answer["not_on_disk"])})
+
+
+@contextmanager
+def progress_bar(what: str, bytes_total: int) -> Iterator[Any]:
+    """A bar on the terminal, to be told how many bytes were done; nothing where standard error is none."""
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(what, total=bytes_total)
+        yield lambda done: bar.advance(task, done)
