@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -31,6 +32,7 @@ from billing_tailer.printing import AsJson, print_pairs, print_rows, text
 from billing_tailer.settings import Settings, load
 from billing_tailer.survivors import Survivors, survivors
 from billing_tailer.verify import Checked, verify
+from billing_tailer.verify_settlement import verify_settlement
 
 proof = typer.Typer(no_args_is_help=True)
 
@@ -38,9 +40,17 @@ File = Annotated[str | None, typer.Option(metavar="PATH", help="Only what was re
 
 
 @proof.command("verify")
-def verify_(file: File = None, as_json: AsJson = False) -> None:
-    """Prove from the log itself that every committed byte has its outcome; exit code 1 with each difference."""
+def verify_(
+    file: File = None,
+    settlement: Annotated[bool, typer.Option("--settlement", help="Prove the receipts instead of the log.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prove that every committed byte has its outcome, from the log, or every receipt its price; exit code 1 if not."""
     settings = load()
+    if settlement:
+        if file is not None:
+            raise ConfigError("--file and --settlement do not go together", "receipts are proven all at once")
+        _verify_settlement(settings, as_json)
     with daemon.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
         answer = _verified(settings, ledger, file)
     if as_json:
@@ -78,6 +88,24 @@ def _verified(settings: Settings, ledger: Proofs, file: str | None) -> dict[str,
         "not_on_disk": [row["file_id"] for row in rows if row["committed_offset"] and row["found_at"] is None],
         "problems": found.problems,
     }
+
+
+def _verify_settlement(settings: Settings, as_json: bool) -> NoReturn:
+    with (
+        daemon.database_for_verbs(settings) as dsn,
+        proofs(dsn, settings.db_schema, settings.source_id) as ledger,
+        progress_bar("calls", None) as bar,
+    ):
+        proven = verify_settlement(ledger, daemon.rules(settings), bar)
+    answer = {"ok": proven.ok, **asdict(proven)}
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        for one in proven.differences:
+            print(f"DIFFERENCE call {text(one.call_id)}: {text(one.what)}")
+        print_pairs({name: value for name, value in answer.items() if name not in ("ok", "differences")})
+        print_pairs({"differences": len(proven.differences) + proven.differences_not_shown})
+    raise typer.Exit(0 if proven.ok else 1)
 
 
 def find_survivors(settings: Settings, generations: Sequence[Generation]) -> Survivors:
@@ -128,9 +156,12 @@ def _print_verified(answer: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress_bar(what: str, bytes_total: int) -> Iterator[Any]:
-    """A bar on the terminal, to be told how many bytes were done; nothing where standard error is none."""
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+def progress_bar(what: str, bytes_total: int | None) -> Iterator[Any]:
+    """A bar on the terminal, to be told how many bytes (None: rows, nobody knows how many) were done; nothing where
+    standard error is none."""
+    of_bytes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    of_rows = (TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
+    columns = (TextColumn(what), BarColumn(), *(of_rows if bytes_total is None else of_bytes))
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=bytes_total)

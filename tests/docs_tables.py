@@ -184,6 +184,7 @@ TABLES: Mapping[str, str] = {
     "log_gaps": "byte ranges that were not read, and why",
     "dead_letters": "byte ranges that were not understood, and why, with their bytes",
     "offset_resets": "every move of an offset by an operator",
+    "backfills": "every run of `backfill` that read something, who started it and why",
     "usage_facts": "one row per call: run, account, route, status, times, and the byte range of its line",
     "call_conflicts": "further requests under a call id that is taken",
     "spend_records": "what LiteLLM says of each attempt of a call, by source: status, model, tokens, cost unrounded",

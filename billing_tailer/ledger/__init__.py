@@ -2,7 +2,7 @@
 
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.operator import Operator, Told, operator
-from billing_tailer.ledger.proofs import Generation, PlacedRows, Proofs, Tile, proofs
+from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
 from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
 from billing_tailer.ledger.resets import Reset
 from billing_tailer.ledger.runs import Reads, RunStatus
@@ -17,10 +17,12 @@ __all__ = [
     "Ledger",
     "LedgerState",
     "NewFile",
+    "OddCalls",
     "Operator",
     "PlacedRows",
     "Proofs",
     "Reads",
+    "ReceiptRow",
     "Reports",
     "Reset",
     "RunStatus",

@@ -6,16 +6,19 @@ from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, LiteralString
+from typing import Any, Literal
 
 from psycopg.rows import dict_row, tuple_row
 
+from billing_tailer.ledger import settlement
 from billing_tailer.ledger.connection import Connection, connect, query, require_schema, wrapped
 from billing_tailer.ledger.writer import position_of
 from billing_tailer.model import Position
+from billing_tailer.settle import CallState
 
 STATEMENT_TIMEOUT_SECONDS = 5
 PAGE_ROWS = 1000
+OddCalls = Literal["unreceipted", "odd_details", "odd_adjustments"]
 _POSITION_FIELDS = tuple(Position.__dataclass_fields__)
 
 
@@ -54,6 +57,21 @@ class PlacedRows:
     hashes: Mapping[int, bytes]
     letters: list[tuple[int, int, bytes]]
     conflicts: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """A receipt's key and what stands beside it. call: everything about the call, None without an audit line.
+    is_touched: a record has come that was not looked at yet. is_second: another receipt has the same call id."""
+
+    source_system: str
+    source_reference: str
+    call_id: str
+    has_fact: bool
+    has_details: bool
+    is_touched: bool
+    is_second: bool
+    call: CallState | None
 
 
 class Proofs:
@@ -112,7 +130,41 @@ class Proofs:
             conflicts,
         )
 
-    def _rows(self, name: LiteralString, **parameters: Any) -> list[dict[str, Any]]:
+    # --- the money
+
+    def money_keys(self) -> set[str]:
+        """Tables of money whose key is there and keeps a call from standing in them twice."""
+        return {row["name"].rpartition(".")[2] for row in self._rows("proof_keys")}
+
+    def receipts(self) -> Iterator[list[ReceiptRow]]:
+        """Every receipt with all that is committed about its call, in pages, each of one moment."""
+        system, after = "", ""
+        while True:
+            with wrapped(), self._connection.transaction():
+                self._connection.execute("set transaction isolation level repeatable read read only")
+                page = self._rows("proof_receipts", system=system, after=after, limit=PAGE_ROWS)
+                calls = {call.fact.call_id: call for call in self._calls([row["call_id"] for row in page])}
+            yield [ReceiptRow(**row, call=calls.get(row["call_id"])) for row in page]
+            if len(page) < PAGE_ROWS:
+                return
+            system, after = page[-1]["source_system"], page[-1]["source_reference"]
+
+    def _calls(self, call_ids: list[str]) -> list[CallState]:
+        # nothing that only time decides changes a receipt
+        return settlement.load(self._connection, call_ids, deadline_seconds=0, quiet_seconds=0, is_over=lambda _: False)
+
+    def odd_calls(self, which: OddCalls) -> Iterator[tuple[int, list[str]]]:
+        """Page by page, how many were looked at, and the calls that should not be there: facts that nothing waits for
+        and that have no receipt; details or adjustments without a receipt."""
+        after = ""
+        while True:
+            (page,) = self._rows(f"proof_{which}", after=after, limit=PAGE_ROWS)
+            yield page["n"], page["odd"]
+            if page["n"] < PAGE_ROWS:
+                return
+            after = page["last"]
+
+    def _rows(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
         with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:
             return cursor.execute(query(name), parameters).fetchall()
 

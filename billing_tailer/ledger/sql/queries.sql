@@ -593,3 +593,49 @@ where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(e
 -- name: proof_conflicts
 select start_offset, end_offset from call_conflicts
 where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s order by start_offset
+
+-- name: proof_receipts
+select r.source_system, r.source_reference, r.source_reference as call_id,
+       exists (select from usage_facts f where f.call_id = r.source_reference) as has_fact,
+       exists (select from llm_charge_details d
+               where d.source_system = r.source_system and d.source_reference = r.source_reference) as has_details,
+       exists (select from touched_calls t where t.call_id = r.source_reference) as is_touched,
+       exists (select from charge_receipts o where o.source_system = 'litellm' and r.source_system <> 'litellm'
+               and o.source_reference = r.source_reference) as is_second
+from charge_receipts r where (r.source_system, r.source_reference) > (%(system)s, %(after)s)
+order by r.source_system, r.source_reference limit %(limit)s
+
+-- name: proof_unreceipted
+-- Facts that nothing waits for any more, without a receipt and without a reason why there is none.
+with page as (select call_id from usage_facts where call_id > %(after)s order by call_id limit %(limit)s)
+select count(*) as n, max(call_id) as last, coalesce(array_agg(call_id) filter (where
+    not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = page.call_id)
+    and not exists (select from unsettled_facts u where u.call_id = page.call_id)
+    and not exists (select from call_exceptions e where e.call_id = page.call_id
+                    and (e.kind = 'not_charged' and e.closed_at is null or e.closed_by <> 'settler'))), '{}') as odd
+from page
+
+-- name: proof_odd_details
+with page as (select source_system, source_reference from llm_charge_details
+              where source_reference > %(after)s and source_system = 'litellm'
+              order by source_system, source_reference limit %(limit)s)
+select count(*) as n, max(source_reference) as last, coalesce(array_agg(source_reference) filter (where
+    not exists (select from charge_receipts r where r.source_system = page.source_system
+                and r.source_reference = page.source_reference)), '{}') as odd
+from page
+
+-- name: proof_odd_adjustments
+with page as (select distinct source_reference from charge_adjustments
+              where source_reference > %(after)s order by source_reference limit %(limit)s)
+select count(*) as n, max(source_reference) as last, coalesce(array_agg(source_reference) filter (where
+    not exists (select from charge_receipts r where r.source_system = 'litellm'
+                and r.source_reference = page.source_reference)), '{}') as odd
+from page
+
+-- name: proof_keys
+-- Which of the tables of money have the unique key that keeps a call from being charged twice.
+select i.indrelid::regclass::text as name from pg_index i
+where i.indrelid in ('charge_receipts'::regclass, 'llm_charge_details'::regclass)
+  and i.indisunique and i.indisvalid and i.indpred is null
+  and (select array_agg(a.attname::text order by a.attname) from pg_attribute a
+       where a.attrelid = i.indrelid and a.attnum = any(i.indkey)) = array['source_reference', 'source_system']
