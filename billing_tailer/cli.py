@@ -21,6 +21,7 @@ from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved,
 from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
+from billing_tailer.letters_cli import discard, retry
 from billing_tailer.model import FileState, Position
 from billing_tailer.money_cli import money
 from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
@@ -210,6 +211,10 @@ def dead_letters_show(dead_letter_id: int, as_json: AsJson = False) -> None:
         print(json.dumps(plain(row)))
     else:
         print_pairs(plain(row))
+
+
+dead_letters.command("retry")(retry)
+dead_letters.command("discard")(discard)
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def exceptions_release(
     rules = daemon.rules(settings)
     cost = None if cost_usd is None else _cost("--cost-usd", cost_usd, rules.markup)
     release = Release(
-        _said("--reason", reason), _person(by), cost, None if account is None else _said("--account", account)
+        said("--reason", reason), person_named(by), cost, None if account is None else said("--account", account)
     )
     with _connected(settings) as ledger, ledger.deciding():
         call = _call(ledger, call_id)
@@ -247,7 +247,7 @@ def exceptions_close(
 ) -> None:
     """Close an exception as it is. A call without a receipt is not charged then, unless a later record settles it."""
     settings = load()
-    person, why = _person(by), _said("--reason", reason)
+    who, why = person_named(by), said("--reason", reason)
     with _connected(settings) as ledger, ledger.deciding():
         call = _call(ledger, call_id)
         row = next((one for one in call.exceptions if one.kind is kind and one.is_open), None)
@@ -255,7 +255,7 @@ def exceptions_close(
             raise TailerError(
                 f"call {text(call_id)} has no open exception {kind}", f"see `billing-tailer explain {text(call_id)}`"
             )
-        decision = Decision(Standing.PENDING, closed=(replace(row, closed_by=person, reason=why),))
+        decision = Decision(Standing.PENDING, closed=(replace(row, closed_by=who, reason=why),))
         given_up = call.receipt is None and not any(
             one.is_open and one is not row and one.kind in _HOLDING for one in call.exceptions
         )
@@ -298,7 +298,7 @@ def adjust(
 ) -> None:
     """Correct a settled call by a new row. The same correction with the same reason is made once."""
     settings = load()
-    person, why = _person(by), _said("--reason", reason)
+    who, why = person_named(by), said("--reason", reason)
     if (credits_ is None) == (cost_usd is None):
         raise ConfigError("give either --credits or --cost-usd", "say what to add to what is charged")
     delta_usd = Decimal(0) if cost_usd is None else _amount("--cost-usd", cost_usd)
@@ -306,7 +306,7 @@ def adjust(
         raise ConfigError("an adjustment of 0 changes nothing", "say what to add to what is charged")
     with _connected(settings) as ledger, ledger.deciding():
         call = _call(ledger, call_id)
-        adjustment = _adjustment(call, credits_, delta_usd, why, person)
+        adjustment = _adjustment(call, credits_, delta_usd, why, who)
         if any(one.evidence_hash == adjustment.evidence_hash for one in call.adjustments):
             decision = Decision(Standing.SETTLED)
         else:
@@ -499,7 +499,7 @@ def _cost(option: str, given: str, markup: Decimal) -> Decimal:
     return abs(number)
 
 
-def _said(option: str, given: str) -> str:
+def said(option: str, given: str) -> str:
     """Words that are kept: not empty, and such as Postgres takes."""
     words = given.strip()
     if not words or "\0" in words or not words.isprintable():
@@ -507,13 +507,14 @@ def _said(option: str, given: str) -> str:
     return words
 
 
-def _person(by: str | None) -> str:
+def person_named(by: str | None) -> str:
+    """Who decides: as said, else the user of this process. Raises ConfigError."""
     if by is None:
         try:
             by = pwd.getpwuid(os.getuid()).pw_name
         except KeyError:
             by = f"uid {os.getuid()}"
-    person = _said("--by", by)
-    if person == SETTLER:
+    name = said("--by", by)
+    if name == SETTLER:
         raise ConfigError(f"--by {SETTLER} is the program itself", "name a person")
-    return person
+    return name

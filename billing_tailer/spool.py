@@ -59,6 +59,11 @@ _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno
 Committer = Literal["us", "another"]
 
 
+def is_spool_file(path: str) -> bool:
+    """Whether an (escaped) path has the name of a spool file."""
+    return _NAME.fullmatch(path.rpartition("/")[2]) is not None
+
+
 class SpoolError(TailerError):
     """The spool is full or cannot be written: the records are not safe, and whoever sent them must be told."""
 

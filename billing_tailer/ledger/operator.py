@@ -16,6 +16,8 @@ from psycopg.rows import dict_row
 from billing_tailer.errors import Overlap, TailerError
 from billing_tailer.ledger import settlement
 from billing_tailer.ledger.connection import Connection, connect, query, require_schema, wrapped
+from billing_tailer.ledger.letters import decide_letter
+from billing_tailer.model import PlacedFact, PlacedRecord, SkipReason
 from billing_tailer.settle import CallState, Decision
 
 HELD_UP_SECONDS_MAX = 3
@@ -132,6 +134,20 @@ class Operator:
         """Take a call that will not be charged off the list of unsettled ones. A later record brings it back."""
         with wrapped():
             self._connection.execute(query("forget_unsettled"), {"call_ids": [call_id]})
+
+    def decide_letter(
+        self,
+        dead_letter_id: int,
+        becomes: PlacedFact | PlacedRecord | SkipReason | None,
+        *,
+        by: str,
+        reason: str,
+        dry_run: bool,
+    ) -> str:
+        """Resolve an open dead letter with what its line is today (None: discard it); returns its resolution."""
+        return decide_letter(
+            self._connection, self._schema, dead_letter_id, becomes, by=by, reason=reason, dry_run=dry_run
+        )
 
     def _rows(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
         with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:

@@ -154,14 +154,14 @@ where file_id = %(file_id)s and committed_offset = %(old_offset)s
 
 -- name: dead_letters
 select d.dead_letter_id, d.file_id, f.path, d.start_offset, d.end_offset, d.reason, d.detail, d.created_at,
-       d.resolved_at, d.resolution
+       d.resolved_at, d.resolution, d.resolved_by, d.resolved_reason
 from dead_letters d join tail_files f using (file_id)
 where f.source_id = %(source_id)s and (%(all)s or d.resolved_at is null)
 order by d.dead_letter_id desc limit %(limit)s
 
 -- name: dead_letter
 select d.dead_letter_id, d.file_id, f.path, d.start_offset, d.end_offset, d.reason, d.detail, d.created_at,
-       d.resolved_at, d.resolution, d.raw, d.sha256
+       d.resolved_at, d.resolution, d.resolved_by, d.resolved_reason, d.raw, d.sha256
 from dead_letters d join tail_files f using (file_id)
 where d.dead_letter_id = %(dead_letter_id)s
 
@@ -211,7 +211,7 @@ select current_setting('server_version') as server_version, current_user::text a
                               when 'tail_files' then array['SELECT', 'INSERT', 'UPDATE']
                               when 'tail_batches' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
                               when 'log_gaps' then array['SELECT', 'INSERT', 'DELETE']
-                              when 'dead_letters' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'dead_letters' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
                               when 'call_exceptions' then array['SELECT', 'INSERT', 'UPDATE']
                               when 'unsettled_facts' then array['SELECT', 'INSERT', 'DELETE']
                               when 'touched_calls' then array['SELECT', 'INSERT', 'DELETE']
@@ -639,3 +639,8 @@ where i.indrelid in ('charge_receipts'::regclass, 'llm_charge_details'::regclass
   and i.indisunique and i.indisvalid and i.indpred is null
   and (select array_agg(a.attname::text order by a.attname) from pg_attribute a
        where a.attrelid = i.indrelid and a.attnum = any(i.indkey)) = array['source_reference', 'source_system']
+
+-- name: resolve_letter
+update dead_letters
+set resolved_at = now(), resolution = %(resolution)s, resolved_by = %(by)s, resolved_reason = %(reason)s
+where dead_letter_id = %(dead_letter_id)s and resolved_at is null

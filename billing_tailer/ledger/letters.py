@@ -1,0 +1,67 @@
+"""Deciding dead letters: the row that its line makes today and the letter's resolution, in one transaction.
+
+Goes the way of everybody who decides (`settlement.deciding`), beside a running daemon. No position moves, and the range
+keeps its counts: it was read as a dead letter.
+"""
+
+from typing import Any
+
+from psycopg import sql
+
+from billing_tailer.errors import RowRejected, TailerError
+from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
+from billing_tailer.ledger.records import insert_records
+from billing_tailer.ledger.writer import COLUMNS
+from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, SkipReason
+
+DISCARDED = "discarded"
+_COLUMNS = sql.SQL(", ".join(COLUMNS))
+_COPY_STAGED = sql.SQL(query("copy_staged")).format(columns=_COLUMNS)
+_INSERT_STAGED = sql.SQL(query("insert_staged")).format(columns=_COLUMNS)
+
+
+def decide_letter(
+    connection: Connection,
+    schema: str,
+    dead_letter_id: int,
+    becomes: PlacedFact | PlacedRecord | SkipReason | None,
+    *,
+    by: str,
+    reason: str,
+    dry_run: bool,
+) -> str:
+    """Resolve an open letter; returns its resolution, `discarded` or `retried: <outcome>`. becomes: what its line is
+    today, None to discard it. dry_run: everything is rolled back. Raises TailerError where it is not open any more, or
+    Postgres refuses the row."""
+    try:
+        with wrapped(), connection.transaction(force_rollback=dry_run):
+            connection.execute(query("deciding"), {"key": lock_key("decide", schema)})
+            resolution = DISCARDED if becomes is None else f"retried: {_insert(connection, becomes)}"
+            words = {"dead_letter_id": dead_letter_id, "resolution": resolution, "by": by, "reason": reason}
+            if connection.execute(query("resolve_letter"), words).rowcount != 1:
+                raise TailerError(f"dead letter {dead_letter_id} was decided meanwhile", "look again with `show`")
+    except RowRejected as error:
+        raise TailerError(f"Postgres refuses the row of dead letter {dead_letter_id}: {error.message}") from error
+    return resolution
+
+
+def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | SkipReason) -> str:
+    """Insert what a line is, as a batch would; returns its outcome."""
+    if isinstance(becomes, SkipReason):
+        return becomes
+    if isinstance(becomes, PlacedRecord):
+        return Outcome.SPEND_RECORD if insert_records(connection, [becomes]) else Outcome.REPLAYED
+    connection.execute(query("create_staging"))
+    row: tuple[Any, ...] = (*becomes.fact, becomes.file_id, becomes.start_offset, becomes.end_offset, 0)
+    with connection.cursor() as cursor, cursor.copy(_COPY_STAGED) as copy:
+        copy.write_row(row)
+    inserted = connection.execute(_INSERT_STAGED).fetchall()
+    numbers = [0] if inserted else []
+    connection.execute(query("unsettle_staged"), {"inserted": numbers})
+    if inserted:
+        return Outcome.FACT
+    (other,) = connection.execute(query("classify_staged"), {"inserted": numbers}).fetchall()
+    if other[2]:
+        return Outcome.REPLAYED
+    connection.execute(query("insert_conflicts"), {"conflicts": [0]})
+    return Outcome.CONFLICT
