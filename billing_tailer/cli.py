@@ -16,6 +16,7 @@ import typer
 
 from billing_tailer import __version__
 from billing_tailer import app as daemon
+from billing_tailer.backfill_cli import backfill
 from billing_tailer.checks import run_checks
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, TailerError
 from billing_tailer.files import LogFiles
@@ -38,6 +39,7 @@ dead_letters = typer.Typer(no_args_is_help=True, help="Byte ranges that could no
 cli.add_typer(offsets, name="offsets")
 cli.add_typer(dead_letters, name="dead-letters")
 cli.add_typer(proof)
+cli.command("backfill")(backfill)
 cli.add_typer(money)
 
 

@@ -167,6 +167,26 @@ def _take_as_letter(position: Position, line: LongLine, size: int, reason: DeadL
     return FileWork(step, [], [letter], row)
 
 
+def take_unterminated(position: Position, context: bytes, rest: bytes) -> FileWork:
+    """What stands behind the last newline of a file that will not grow any more, as one dead letter in a row of its
+    own. context: the bytes before, at most FRONTIER_BYTES_MAX."""
+    rejected = Rejected(DeadLetterReason.UNTERMINATED, f"{len(rest)} bytes without a newline")
+    letter = _dead_letter(position.file_id, position.committed_offset, rest, rejected, position.dead_letter_bytes)
+    counts = Counter({str(Outcome.DEAD_LETTER): 1})
+    row = OpenRow(position.committed_offset, letter.end_offset, hashlib.sha256(rest), counts)
+    step = _step(
+        position,
+        row,
+        None,
+        head=position.head + rest[: max(0, HEAD_BYTES_MAX - len(position.head))],
+        tail=(context + rest)[-FRONTIER_BYTES_MAX:],
+        size=letter.end_offset,
+        kept_bytes=position.dead_letter_bytes + len(letter.raw),
+        counts=counts,
+    )
+    return FileWork(step, [], [letter], row)
+
+
 def build(works: Sequence[FileWork]) -> Plan:
     """One plan of the work of several files, in the order given; a file may stand in it once."""
     facts = tuple(fact for work in works for fact in work.facts)

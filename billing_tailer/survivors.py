@@ -90,18 +90,23 @@ def _find(
 
 
 def _agrees(position: Position, one: _Candidate) -> bool:
-    """Inode numbers are reused at once: the content decides."""
-    return one.trouble is None and one.head.startswith(position.head) and _frontier_agrees(position, one)
+    return one.trouble is None and one.head.startswith(position.head) and agrees(one.file.path, position)
+
+
+def agrees(path: str, position: Position) -> bool:
+    """Whether a file (escaped path) begins with all that is committed of a generation, by head and frontier. Inode
+    numbers are reused at once: the content decides."""
+    start = position.committed_offset - position.frontier_bytes
+    try:
+        with LogStream(path) as stream:
+            head = stream.read(min(len(position.head), start))
+            stream.skip_to(start)
+            frontier = stream.read(position.frontier_bytes)
+    except OSError:
+        return False
+    same_head = (head + frontier[: len(position.head) - len(head)]) == position.head
+    return same_head and hashlib.sha256(frontier).digest() == position.frontier_sha256
 
 
 def _named_after(position: Position, one: _Candidate) -> bool:
     return one.compressed and one.file.path == f"{position.path}.gz"
-
-
-def _frontier_agrees(position: Position, one: _Candidate) -> bool:
-    try:
-        with LogStream(one.file.path) as stream:
-            stream.skip_to(position.committed_offset - position.frontier_bytes)
-            return hashlib.sha256(stream.read(position.frontier_bytes)).digest() == position.frontier_sha256
-    except OSError:
-        return False

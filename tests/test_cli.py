@@ -283,6 +283,8 @@ def test_dead_letters(verb: Verb, dsn: str, log: Path) -> None:
         "created_at",
         "resolved_at",
         "resolution",
+        "resolved_by",
+        "resolved_reason",
     }
     assert [row["dead_letter_id"] for row in verb.json("dead-letters", "list", "--limit", "1")] == [3]
     shown = verb.json("dead-letters", "show", "1")
@@ -302,7 +304,7 @@ def test_strangers_do_not_write_to_the_terminal(verb: Verb, dsn: str, log: Path)
     for arguments in (["list"], ["show", "1"], ["show", "2"]):
         printed = verb("dead-letters", *arguments)
         assert all(c.isprintable() for c in printed.replace("\n", ""))
-    assert r"raw             \x1b[31mnot json\xff\n" in verb("dead-letters", "show", "1").replace("\\\\", "\\")
+    assert r"raw              \x1b[31mnot json\xff\n" in verb("dead-letters", "show", "1").replace("\\\\", "\\")
 
 
 @pytest.mark.parametrize("number", ["9", "99999999999999999999999"])

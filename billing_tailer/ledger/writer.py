@@ -256,6 +256,17 @@ class Ledger:
             # row by row, and heads as bytes: thousands of generations would be in memory three times over
             return [position_of(row) for row in cursor.stream(query("positions"), values, binary=True)]
 
+    def positions_of_daemons(self) -> list[Position]:
+        """Every generation of every source, but for what was read by `backfill`, oldest first."""
+        with wrapped(), self._session.cursor(row_factory=dict_row) as cursor:
+            return [position_of(row) for row in cursor.execute(query("files_elsewhere")).fetchall()]
+
+    def note_backfill(self, position: Position, reason: str, by: str) -> None:
+        """Leave a row about a run of `backfill` that reads a file from a position on."""
+        words = {"file_id": position.file_id, "path": position.path, "from_offset": position.committed_offset}
+        with wrapped():
+            self._session.execute(query("insert_backfill"), {**words, "reason": reason, "by": by})
+
     def apply(self, changes: Changes) -> None:
         """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
         unfinished = [p for p in changes.updated if p.state is not FileState.FINAL]

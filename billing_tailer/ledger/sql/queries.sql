@@ -156,7 +156,7 @@ where file_id = %(file_id)s and committed_offset = %(old_offset)s
 select d.dead_letter_id, d.file_id, f.path, d.start_offset, d.end_offset, d.reason, d.detail, d.created_at,
        d.resolved_at, d.resolution, d.resolved_by, d.resolved_reason
 from dead_letters d join tail_files f using (file_id)
-where f.source_id = %(source_id)s and (%(all)s or d.resolved_at is null)
+where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and (%(all)s or d.resolved_at is null)
 order by d.dead_letter_id desc limit %(limit)s
 
 -- name: dead_letter
@@ -169,11 +169,11 @@ where d.dead_letter_id = %(dead_letter_id)s
 -- Asked every few seconds: counting millions of them would take longer than that.
 select count(*) from (
     select from dead_letters d join tail_files f using (file_id)
-    where f.source_id = %(source_id)s and d.resolved_at is null limit %(count_max)s
+    where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and d.resolved_at is null limit %(count_max)s
 ) letters
 
 -- name: totals
-with source as (select file_id from tail_files where source_id = %(source_id)s)
+with source as (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
 select (select count(*) from source join usage_facts using (file_id)) as facts,
        (select count(*) from source join call_conflicts using (file_id)) as conflicts,
        (select count(*) from source join dead_letters using (file_id) where resolved_at is null) as dead_letters_open,
@@ -224,7 +224,7 @@ select current_setting('server_version') as server_version, current_user::text a
 (select call_id from touched_calls order by call_id limit %(limit)s)
 union
 (select u.call_id from unsettled_facts u
- join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
+ join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
  where not exists (select from call_exceptions e
                    where e.call_id = u.call_id and e.closed_at is null
                      and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
@@ -309,7 +309,7 @@ delete from touched_calls where call_id = any(%(call_ids)s)
 -- name: poll_window
 with waiting as (
     select u.call_id, u.started_at from unsettled_facts u
-    join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
+    join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
     where (%(started_after)s::timestamptz is null or u.started_at > %(started_after)s)
       and not exists (select from call_exceptions e where e.call_id = u.call_id and e.closed_at is null
                         and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
@@ -322,7 +322,7 @@ where w.started_at <= first.at + interval '1 hour'
 -- name: stragglers
 -- Waiting for long, or given up: asked for by name, a few at a time, in turn.
 select u.call_id from unsettled_facts u
-join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id = %(source_id)s
+join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
 where u.committed_at < now() - interval '30 seconds'
   and not exists (select from spend_records s where s.call_id = u.call_id)
 order by random() limit %(limit)s
@@ -419,10 +419,10 @@ select pg_advisory_xact_lock(%(key)s)
 
 -- name: settlement_totals
 -- All receipts are this source's where there is no other one: a join of all of them is slow.
-with source as (select file_id from tail_files where source_id = %(source_id)s)
+with source as (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
 select (select count(*) from unsettled_facts join usage_facts using (call_id) join source using (file_id)) as pending_calls,
        case when not exists (select from source) then 0
-            when not exists (select from tail_files where source_id <> %(source_id)s)
+            when not exists (select from tail_files where source_id not in (%(source_id)s, %(source_id)s || '.backfill'))
             then (select count(*) from charge_receipts)
             else (select count(*) from charge_receipts r join usage_facts f on f.call_id = r.source_reference
                   join source using (file_id)) end as receipts
@@ -430,7 +430,7 @@ select (select count(*) from unsettled_facts join usage_facts using (call_id) jo
 -- name: settlement_exceptions
 select e.kind, count(*) as n
 from call_exceptions e join usage_facts using (call_id) join tail_files using (file_id)
-where e.closed_at is null and source_id = %(source_id)s
+where e.closed_at is null and source_id in (%(source_id)s, %(source_id)s || '.backfill')
 group by e.kind order by e.kind
 
 -- name: explain_fact
@@ -644,3 +644,12 @@ where i.indrelid in ('charge_receipts'::regclass, 'llm_charge_details'::regclass
 update dead_letters
 set resolved_at = now(), resolution = %(resolution)s, resolved_by = %(by)s, resolved_reason = %(reason)s
 where dead_letter_id = %(dead_letter_id)s and resolved_at is null
+
+-- name: files_elsewhere
+select file_id, path, device, inode, generation, previous_file_id, head, committed_offset, frontier_sha256,
+       frontier_bytes, size_seen, state, blocked_reason, dead_letter_bytes, first_seen_at, last_commit_at
+from tail_files where source_id not like '%%.backfill' order by file_id
+
+-- name: insert_backfill
+insert into backfills (file_id, path, from_offset, reason, started_by)
+values (%(file_id)s, %(path)s, %(from_offset)s, %(reason)s, %(by)s)
