@@ -26,7 +26,7 @@ from billing_tailer.letters_cli import discard, retry
 from billing_tailer.model import FileState, Position
 from billing_tailer.money_cli import money
 from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
-from billing_tailer.proof_cli import proof
+from billing_tailer.proof_cli import print_safe_to_delete, proof
 from billing_tailer.resets import newest_at, parse_request, plan_reset
 from billing_tailer.settings import OffsetReset, Settings, load
 
@@ -126,8 +126,15 @@ def status(as_json: AsJson = False) -> None:
 
 
 @cli.command()
-def files(as_json: AsJson = False) -> None:
+def files(
+    safe_to_delete: Annotated[
+        bool, typer.Option("--safe-to-delete", help="Only paths of rotated files that are committed and verified.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Every generation of every file, oldest first."""
+    if safe_to_delete:
+        print_safe_to_delete(load(), as_json)
     _print_positions(as_json)
 
 

@@ -25,8 +25,9 @@ from rich.progress import (
 )
 
 from billing_tailer import app as daemon
+from billing_tailer.deletable import judge_files
 from billing_tailer.errors import ConfigError
-from billing_tailer.files import LogFiles, escape_path
+from billing_tailer.files import LogFiles, escape_path, unescape_path
 from billing_tailer.ledger import Generation, Proofs, proofs
 from billing_tailer.printing import AsJson, print_pairs, print_rows, text
 from billing_tailer.settings import Settings, load
@@ -106,6 +107,35 @@ def _verify_settlement(settings: Settings, as_json: bool) -> NoReturn:
         print_pairs({name: value for name, value in answer.items() if name not in ("ok", "differences")})
         print_pairs({"differences": len(proven.differences) + proven.differences_not_shown})
     raise typer.Exit(0 if proven.ok else 1)
+
+
+def print_safe_to_delete(settings: Settings, as_json: bool) -> NoReturn:
+    """Paths that may be deleted on standard output, one a line as they are; why others must stay on standard error.
+    Exit code 1 where a file is not what was committed."""
+    with daemon.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
+        generations = ledger.generations()
+        found = find_survivors(settings, generations)
+        todo = sum(one.position.committed_offset for one in generations if one.position.file_id in found.files)
+        with progress_bar("verifying", todo) as bar:
+            judged = judge_files(generations, found, ledger, bar)
+    safe = [one.path for one in judged if not one.reasons]
+    if as_json:
+        others = [{"path": one.path, "reasons": list(one.reasons)} for one in judged if one.reasons]
+        print(json.dumps({"safe": safe, "not_safe": others, "problems": found.problems}))
+    else:
+        names = {path: unescape_path(path) for path in safe}
+        sys.stdout.flush()
+        for path, name in names.items():
+            if b"\n" in name:  # would be two names to whoever reads them
+                print(f"{path}: may be deleted, but its name has a newline: use --json", file=sys.stderr)
+            else:
+                sys.stdout.write(os.fsdecode(name) + "\n")
+        for one in judged:
+            if one.reasons:
+                print(f"{text(one.path)}: {'; '.join(one.reasons)}", file=sys.stderr)
+        for problem in found.problems:
+            print(f"warning: {text(problem)}", file=sys.stderr)
+    raise typer.Exit(1 if any(one.differs for one in judged) else 0)
 
 
 def find_survivors(settings: Settings, generations: Sequence[Generation]) -> Survivors:
