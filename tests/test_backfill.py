@@ -176,3 +176,13 @@ def test_damaged_gzip(dsn: str, log: Path) -> None:
     found = run_verb(environment, "backfill", str(old), *WHY)
     assert (found.returncode, "damaged gzip" in found.stderr, "Traceback" in found.stderr) == (1, True, False)
     assert 0 < count(dsn, "usage_facts") < 2000
+
+
+def test_known_calls_are_replayed(verb: Verb, dsn: str, log: Path) -> None:
+    """In batch after batch of one range, whose counts are those that were stored."""
+    settle(dsn, log, lines(0, 300))
+    verb.environment(BATCH_BYTES_MAX="65536")
+    (done,) = verb.json("backfill", archived(log, line(900) + lines(0, 300)), *WHY)
+    assert done["outcomes"] == {"fact": 1, "replayed": 300}
+    assert count(dsn, "usage_facts") == 301
+    assert verb.json("verify")["ok"]

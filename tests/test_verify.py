@@ -239,3 +239,14 @@ def test_it_cannot_write(dsn: str) -> None:
         pytest.raises(psycopg.errors.ReadOnlySqlTransaction),
     ):
         ledger._connection.execute("delete from tail_files")
+
+
+def test_inode_numbers_prove_nothing(verb: Verb, dsn: str, log: Path) -> None:
+    """Two files, each with the number that is recorded for the other."""
+    follow(dsn, log, lines(0, 10))
+    log.rename(f"{log}.1")
+    follow(dsn, log, lines(100, 10))
+    swap = "select array_agg(inode order by file_id) as i from tail_files"
+    execute(dsn, f"update tail_files set inode = s.i[3 - file_id] from ({swap}) s")
+    answer = verb.json("verify")
+    assert [one["found_at"] for one in answer["generations"]] == [f"{log}.1", str(log)]
