@@ -27,7 +27,7 @@ from billing_tailer.plan import (
     refused,
     take_lines,
     take_long_line,
-    take_unterminated,
+    take_rest,
     without_refused,
 )
 from billing_tailer.reader import Limits
@@ -132,7 +132,7 @@ class Backfill:
                 buffer += data
                 position, context, buffer = self._take(position, context, buffer, stream, filled)
             if buffer:
-                position = self._commit(take_unterminated(position, context, buffer), buffer, filled)
+                position = self._commit(take_rest(position, context, buffer, self._parse), buffer, filled)
         filled.to_offset, filled.seconds = position.committed_offset, time.monotonic() - started
         if position.state is not FileState.FINAL:
             self._ledger.apply(Changes(updated=(replace(position, state=FileState.FINAL),)))

@@ -8,13 +8,11 @@ import contextlib
 import errno
 import fnmatch
 import glob
-import gzip
 import hashlib
 import os
 import stat
 import sys
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -516,41 +514,23 @@ def _seen(path: str, status: os.stat_result, *, listed: bool = True) -> SeenFile
 
 
 def read_range(path: str, locator: tuple[int, int], head: bytes, start: int, end: int) -> bytes | str:
-    """The bytes [start, end) of exactly that file, to be shown; a reason in words where they cannot be. path: escaped.
+    """The bytes [start, end) of exactly that log, plain or gzip, to be shown; a reason in words where they cannot be.
 
-    Opens and closes a descriptor of its own, so that any thread may call it.
+    path: escaped. Opens and closes a descriptor of its own, so that any thread may call it.
     """
     try:
-        fd = os.open(unescape_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with LogStream(path) as stream:
+            if stream.file.locator != locator:
+                return f"{path}: another file has taken the name"
+            beginning = stream.read(len(head))
+            if beginning != head:
+                return f"{path}: its content is another one by now"
+            content = beginning[start:end]
+            stream.skip_to(max(start, stream.offset))
+            content += stream.read(max(0, end - stream.offset))
     except OSError as error:
         return f"{path}: {error.strerror}"
-    try:
-        status = os.fstat(fd)
-        if (status.st_dev, status.st_ino) != locator or not stat.S_ISREG(status.st_mode):
-            return f"{path}: another file has taken the name"
-        if path.endswith(".gz"):
-            beginning, content = _from_archive(fd, len(head), start, end)
-        else:
-            beginning, content = os.pread(fd, len(head), 0), os.pread(fd, end - start, start)
-        if beginning != head:
-            return f"{path}: its content is another one by now"
-    except (OSError, BrokenArchive) as error:
-        return f"{path}: {getattr(error, 'strerror', None) or error}"
-    finally:
-        os.close(fd)
     return content if len(content) == end - start else f"{path}: ends before byte {end}"
-
-
-def _from_archive(fd: int, head_bytes: int, start: int, end: int) -> tuple[bytes, bytes]:
-    content = Content(lambda offset, size: os.pread(fd, size, offset))
-    while content.end < head_bytes and not content.ended:
-        content.step()
-    beginning = content.buffer[:head_bytes]
-    while content.end < end and not content.ended:
-        content.drop_before(start)
-        content.step()
-    content.drop_before(start)
-    return beginning, content.buffer[: end - start]
 
 
 def _fixed_directory(pattern: bytes) -> bytes:
@@ -582,13 +562,13 @@ class LogStream:
 
     def __init__(self, path: str) -> None:
         """path: escaped."""
-        fd = os.open(unescape_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        self._raw = os.fdopen(fd, "rb", buffering=SKIP_BYTES)
-        self.file = _seen(path, os.fstat(fd))
+        self._fd = os.open(unescape_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        status = os.fstat(self._fd)
+        self.file = _seen(path, status)
         self.offset = 0
         """Of the next byte that is read, in the log."""
-        self.compressed = stat.S_ISREG(os.fstat(fd).st_mode) and os.pread(fd, len(GZIP_MAGIC), 0) == GZIP_MAGIC
-        self._bytes = gzip.GzipFile(fileobj=self._raw) if self.compressed else self._raw
+        self.compressed = stat.S_ISREG(status.st_mode) and os.pread(self._fd, len(GZIP_MAGIC), 0) == GZIP_MAGIC
+        self._content = Content(lambda offset, size: os.pread(self._fd, size, offset))
 
     def __enter__(self) -> Self:
         return self
@@ -598,27 +578,29 @@ class LogStream:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._bytes.close()
-        self._raw.close()
+        os.close(self._fd)
 
     @property
     def stored_bytes_read(self) -> int:
         """How far the stored file has been read, against `file.size`."""
-        return self._raw.tell()
+        return self._content.compressed_bytes_read if self.compressed else self.offset
 
     def read(self, bytes_max: int) -> bytes:
         """The next bytes, fewer than asked for at the end only."""
-        try:
-            data = self._bytes.read(bytes_max)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise OSError(errno.EIO, f"damaged gzip: {error}", self.file.path) from None
+        if not self.compressed:
+            data = os.pread(self._fd, bytes_max, self.offset)
+        else:
+            try:
+                data = self._content.take(bytes_max)
+            except BrokenArchive as error:
+                raise OSError(errno.EIO, str(error), self.file.path) from None
         self.offset += len(data)
         return data
 
     def skip_to(self, offset: int) -> None:
         """Go forward to an offset of the log, or to its end where it ends before."""
         if not self.compressed:
-            self.offset = self._raw.seek(min(offset, os.fstat(self._raw.fileno()).st_size))
+            self.offset = min(offset, os.fstat(self._fd).st_size)
         while self.offset < offset and self.read(min(SKIP_BYTES, offset - self.offset)):
             pass
 

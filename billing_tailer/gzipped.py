@@ -45,6 +45,19 @@ class Content:
         """The offset behind the last byte that is there by now."""
         return self.start + len(self.buffer)
 
+    @property
+    def compressed_bytes_read(self) -> int:
+        """How far the file has been read."""
+        return self._at
+
+    def take(self, bytes_max: int) -> bytes:
+        """The next bytes, fewer than asked for at the end only. Raises BrokenArchive, OSError."""
+        while len(self.buffer) < bytes_max and not self.ended:
+            self.step()
+        taken = self.buffer[:bytes_max]
+        self.drop_before(self.start + len(taken))
+        return taken
+
     def drop_before(self, offset: int) -> None:
         """Forget what lies before an offset."""
         dropped = min(max(0, offset - self.start), len(self.buffer))

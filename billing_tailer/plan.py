@@ -140,13 +140,17 @@ def take_lines(
     return FileWork(step, facts, letters, grown, records)
 
 
-def take_rest(position: Position, chunk: Bytes, parse: Parse) -> FileWork:
-    """The end of a file that will not grow any more, without a newline: one dead letter, whatever it says."""
-    line = LongLine(position.committed_offset, tail=chunk.context, raw_max=RAW_BYTES_MAX)
-    line.feed(chunk.data)
-    outcome = parse(chunk.data)
+def take_rest(position: Position, context: bytes, rest: bytes, parse: Parse) -> FileWork:
+    """What stands behind the last newline of a file that will not grow any more: one dead letter, whatever it says.
+
+    context: the bytes before, at most FRONTIER_BYTES_MAX.
+    """
+    line = LongLine(position.committed_offset, tail=context, raw_max=RAW_BYTES_MAX)
+    line.feed(rest)
+    outcome = parse(rest)
     words = outcome.detail if isinstance(outcome, Rejected) else "a whole line but for its newline: can be retried"
-    return _take_as_letter(position, line, chunk.size, DeadLetterReason.UNTERMINATED, words)
+    size = position.committed_offset + len(rest)
+    return _take_as_letter(position, line, size, DeadLetterReason.UNTERMINATED, words)
 
 
 def take_long_line(position: Position, line: LongLine, size: int, *, ended: bool = True) -> FileWork:
@@ -164,26 +168,6 @@ def _take_as_letter(position: Position, line: LongLine, size: int, reason: DeadL
     head = position.head + line.raw[: max(0, HEAD_BYTES_MAX - len(position.head))]
     kept_bytes = position.dead_letter_bytes + len(raw)
     step = _step(position, row, None, head=head, tail=line.tail, size=size, kept_bytes=kept_bytes, counts=counts)
-    return FileWork(step, [], [letter], row)
-
-
-def take_unterminated(position: Position, context: bytes, rest: bytes) -> FileWork:
-    """What stands behind the last newline of a file that will not grow any more, as one dead letter in a row of its
-    own. context: the bytes before, at most FRONTIER_BYTES_MAX."""
-    rejected = Rejected(DeadLetterReason.UNTERMINATED, f"{len(rest)} bytes without a newline")
-    letter = _dead_letter(position.file_id, position.committed_offset, rest, rejected, position.dead_letter_bytes)
-    counts = Counter({str(Outcome.DEAD_LETTER): 1})
-    row = OpenRow(position.committed_offset, letter.end_offset, hashlib.sha256(rest), counts)
-    step = _step(
-        position,
-        row,
-        None,
-        head=position.head + rest[: max(0, HEAD_BYTES_MAX - len(position.head))],
-        tail=(context + rest)[-FRONTIER_BYTES_MAX:],
-        size=letter.end_offset,
-        kept_bytes=position.dead_letter_bytes + len(letter.raw),
-        counts=counts,
-    )
     return FileWork(step, [], [letter], row)
 
 

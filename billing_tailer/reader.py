@@ -154,7 +154,7 @@ class Reader:
             and position.file_id in self._finished
             and position.committed_offset + len(chunk.data) == chunk.size
         ):
-            return take_rest(position, chunk, parse)
+            return take_rest(position, chunk.context, chunk.data, parse)
         elif work is None:
             self._half_lines[position.file_id] = (
                 position.committed_offset,
