@@ -15,6 +15,7 @@ import pytest
 
 from billing_tailer.embedded import EmbeddedPostgres
 from tests.support import database
+from tests.support.verbs import Verb
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +74,22 @@ def empty_dsn(admin_dsn: str) -> Iterator[str]:
     """The DSN of a database of the test's own, without the schema."""
     with database.temporary(admin_dsn) as own:
         yield own
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """The log file of a volume of its own, not written yet."""
+    volume = tmp_path / "billing"
+    volume.mkdir()
+    return volume / "audit.jsonl"
+
+
+@pytest.fixture
+def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Verbs on the test's database and volume."""
+    verb = Verb(monkeypatch, capsys)
+    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
+    return verb
 
 
 @pytest.hookimpl(wrapper=True)

@@ -34,22 +34,6 @@ FILE_KEYS = {
 POISON = b"\x1b[31mnot json\xff\n"
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    """The log file of a volume of its own, not written yet."""
-    volume = tmp_path / "billing"
-    volume.mkdir()
-    return volume / "audit.jsonl"
-
-
-@pytest.fixture
-def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
-    """Verbs on the test's database and volume."""
-    verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
-    return verb
-
-
 def follow(dsn: str, log: Path, content: bytes, **changes: Any) -> None:
     with log.open("ab") as out:
         out.write(content)

@@ -33,20 +33,6 @@ def call(number: int) -> str:
     return f"call-{number:08d}"
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    volume = tmp_path / "billing"
-    volume.mkdir()
-    return volume / "audit.jsonl"
-
-
-@pytest.fixture
-def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
-    verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN=TOKEN)
-    return verb
-
-
 def spool(log: Path, *events: dict[str, Any]) -> None:
     with (log.parent / f"callbacks-{'0' * 32}-000000.jsonl").open("ab") as out:
         out.write(b"".join(map(spool_line, events)))

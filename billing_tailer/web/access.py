@@ -6,6 +6,9 @@ import ipaddress
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+CHALLENGE = {"WWW-Authenticate": 'Bearer realm="billing_tailer"'}
+"""The header of a 401."""
+
 
 class Access:
     """The rule for everything but health, metrics and callbacks."""
@@ -21,11 +24,18 @@ class Access:
                 return None
             reason = "no API_TOKEN is configured, so that only clients on this machine may ask: set it, and send it"
             return JSONResponse({"error": f"{reason} as Authorization: Bearer API_TOKEN"}, 403)
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._token):
-            return None
-        reason = "the bearer token is not API_TOKEN" if given else "send Authorization: Bearer API_TOKEN"
-        return JSONResponse({"error": reason}, 401, headers={"WWW-Authenticate": 'Bearer realm="billing_tailer"'})
+        wrong = wrong_bearer(request, self._token, "API_TOKEN")
+        return None if wrong is None else JSONResponse({"error": wrong}, 401, headers=CHALLENGE)
+
+
+def wrong_bearer(request: Request, token: bytes, name: str) -> str | None:
+    """What is wrong with a request's bearer token, by the variable that sets the right one; None where it is right."""
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not given.strip():
+        return f"send Authorization: Bearer {name}"
+    if hmac.compare_digest(given.strip().encode("latin-1"), token):
+        return None
+    return f"the bearer token is not {name}"
 
 
 def is_loopback(host: str) -> bool:

@@ -23,7 +23,6 @@ the loop. A thread would be worse, as every read of the loop would wait for the 
 import asyncio
 import contextlib
 import hashlib
-import hmac
 import json
 import re
 import time
@@ -40,7 +39,7 @@ from starlette.routing import Route
 from billing_tailer.errors import ConfigError
 from billing_tailer.model import DeadLetterReason
 from billing_tailer.spool import Spool, SpoolError
-from billing_tailer.web.access import is_loopback
+from billing_tailer.web.access import CHALLENGE, is_loopback, wrong_bearer
 
 PATH = "/v1/callbacks/litellm"
 SMALL_BYTES_MAX = 1 << 20
@@ -475,7 +474,7 @@ class _Callbacks:
         """An answer that needs no look at the body."""
         stranger = self._why_stranger(request)
         if stranger is not None:
-            return _error(401, stranger, {"WWW-Authenticate": 'Bearer realm="billing_tailer"'})
+            return _error(401, stranger, CHALLENGE)
         encoding = _encoding(request)
         if encoding not in ("", "identity", "gzip"):
             return _error(415, f"Content-Encoding {encoding[:40]!r}: only gzip", {"Accept-Encoding": "gzip, identity"})
@@ -487,12 +486,7 @@ class _Callbacks:
             if request.client is not None and is_loopback(request.client.host):
                 return None
             return "no CALLBACK_TOKEN is configured: only clients on this machine may post"
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            return "send Authorization: Bearer CALLBACK_TOKEN"
-        if not hmac.compare_digest(given.strip().encode("latin-1"), self._token):
-            return "the bearer token is not CALLBACK_TOKEN"
-        return None
+        return wrong_bearer(request, self._token, "CALLBACK_TOKEN")
 
     def _too_large(self) -> Response:
         return _error(413, f"the body has more than {self._body_bytes_max} bytes (CALLBACK_BYTES_MAX)")
