@@ -21,6 +21,7 @@ from typing import Self
 from starlette.routing import BaseRoute
 
 from billing_tailer import __version__, audit
+from billing_tailer.capture import Capture
 from billing_tailer.embedded import EmbeddedPostgres, attach, default_data_dir
 from billing_tailer.errors import ConfigError, LedgerUnavailable, TailerError
 from billing_tailer.events import Events, configure_logging
@@ -160,7 +161,7 @@ def run(settings: Settings) -> int:
                 reads.of(dsn),
                 closing(waiters),
             ):
-                _follow(settings, dsn, files, spool, events, health, ending, wake, waiters.notify)
+                _follow(settings, dsn, files, spool, events, health, ending, wake, reads, waiters.notify)
         finally:
             http.stop()
             wake.stop()
@@ -226,6 +227,7 @@ def _follow(
     health: Health,
     ending: Ending,
     wake: Wake,
+    reads: Reads,
     notify: Callable[[Collection[str]], None],
 ) -> None:
     ledger = Ledger(dsn, schema=settings.db_schema, source_id=settings.source_id, stop=ending.stop)
@@ -247,7 +249,10 @@ def _follow(
     def spool_is_behind() -> bool:
         return follower.spool_is_behind() or (spool is not None and spool.has_more)
 
+    capture = Capture(ledger, reads, events, settings.settle_deadline_seconds)
+
     def tidy() -> None:
+        capture.turn()
         if spool is not None:
             follower.removed(spool.janitor(follower.is_committed, SPOOL_RETENTION_SECONDS, time.time()))
 

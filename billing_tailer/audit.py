@@ -57,7 +57,6 @@ _REQUIRED = frozenset(REQUIRED_FIELDS)
 _UNFORWARDED = frozenset({*range(300, 400), 401, 403, 404, 405})
 """Without a call id: refused at the door, or sent elsewhere, as LiteLLM does (307) where a path ends in a slash."""
 _SKIP_ROUTE = Skip(SkipReason.NOT_LLM_ROUTE)
-_SKIP_REJECTED = Skip(SkipReason.REJECTED_BEFORE_LLM)
 _SKIP_BLANK = Skip(SkipReason.BLANK_LINE)
 
 
@@ -133,7 +132,7 @@ def _parse_call(fields: dict[str, Any], line: bytes, path: str) -> UsageFact | S
     status = _status(fields)
     echoed_id = _id(fields, "litellm_call_id")
     if status >= 300 and _rejected_before_llm(fields, status, echoed_id is not None):
-        return _SKIP_REJECTED
+        return _rejected(fields)
     request_id = _id(fields, "nginx_request_id")
     proxy_id = _id(fields, "call_id")
     metadata = _metadata(fields)
@@ -167,7 +166,7 @@ def _parse_older(fields: dict[str, Any], line: bytes) -> UsageFact | Skip:
     status = _status(fields)
     echoed_id = _id(fields, "litellm_call_id")
     if echoed_id is None and status in _UNFORWARDED:
-        return _SKIP_REJECTED
+        return _rejected(fields)
     metadata = _metadata(fields)
     return UsageFact(
         call_id=_first_id(echoed_id, None, None),
@@ -308,6 +307,12 @@ def _rejected_before_llm(fields: dict[str, Any], status: int, id_echoed: bool) -
         return not connected
     # nginx's own answers: too large a body, a rate limit, a broken request
     return not connected and not _any_value(_present(fields, "upstream_status"))
+
+
+def _rejected(fields: dict[str, Any]) -> Skip:
+    """With the proxy's id, which LiteLLM was given if it was asked at all. An odd one makes no dead letter here."""
+    known_as = _soft_id(fields.get("call_id")) or _soft_id(fields.get("nginx_request_id"))
+    return Skip(SkipReason.REJECTED_BEFORE_LLM, known_as)
 
 
 def _any_value(text: str | None) -> bool:

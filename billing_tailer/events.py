@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Collection, Mapping
+from decimal import Decimal
 from typing import Any
 
 import structlog
@@ -106,6 +107,20 @@ class Events:
         self._exceptions = gauge("call_exceptions_open", "Open exceptions of calls by kind", "kind")
         self._records = counter("spend_records_total", "Spend records committed by source", "source")
         self._rejected_rows = counter("spend_rows_rejected_total", "Rows of LiteLLM's spend logs that are no records")
+        self._capture = gauge(
+            "capture_ratio",
+            "Settled or not charged part of the calls of the newest closed window, the 15 minutes up to one settle "
+            "deadline and a minute ago, of all sources of the database; NaN without calls, or where nobody could count",
+        )
+        self._unaudited = counter(
+            "unaudited_spend_records_total",
+            "Spend records of the database that had no audit line one settle deadline after they came; each is counted "
+            "by one process",
+        )
+        self._with_line = counter(
+            "unaudited_with_line_total",
+            "Those of them whose audit line was skipped as refused before a model was asked",
+        )
         self._callbacks = counter("callback_requests_total", "Callback requests by HTTP status", "code")
         self._spool_alarm = gauge("spool_alarm", "1 while the spool is full or cannot be written")
         self._polled = gauge(
@@ -132,8 +147,8 @@ class Events:
             self._exceptions.labels(kind)
         for spend_source in SpendSource:
             self._records.labels(spend_source)
-        self._oldest_pending.set(math.nan)
-        self._oldest.set(math.nan)
+        for since in (self._oldest_pending, self._oldest, self._capture):
+            since.set(math.nan)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -219,6 +234,17 @@ class Events:
         self._oldest_pending.set(math.nan if counts["oldest_pending"] is None else counts["oldest_pending"])
         for kind in ExceptionKind:
             self._exceptions.labels(kind).set(counts["exceptions"].get(kind, 0))
+
+    def captured(self, ratio: Decimal | None) -> None:
+        """The capture ratio of the newest closed window; None: nothing to tell."""
+        self._capture.set(math.nan if ratio is None else float(ratio))
+
+    def unaudited(self, records: int, with_line: int, call_ids: Collection[str]) -> None:
+        """Spend records have no audit line. with_line: those whose line was skipped, call_ids: some of them."""
+        self._unaudited.inc(records)
+        self._with_line.inc(with_line)
+        if with_line:
+            self._log.error("unaudited_with_line", records=with_line, call_ids=list(call_ids))
 
     def polled(self, records: int, new: int, rejected: int, failure: str | None) -> None:
         """LiteLLM's spend logs were asked."""

@@ -114,9 +114,11 @@ class UsageFact(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """A line that is no call to be billed."""
+    """A line that is no call to be billed. call_id: the id under which LiteLLM may know the request all the same; only
+    of a line `rejected_before_llm`, and only if it has one."""
 
     reason: SkipReason
+    call_id: str | None = None
 
 
 class Rejected(NamedTuple):
@@ -133,6 +135,14 @@ class PlacedFact(NamedTuple):
     file_id: int
     start_offset: int
     end_offset: int
+
+
+class PlacedSkip(NamedTuple):
+    """A call whose line was skipped, and where that line begins."""
+
+    call_id: str
+    file_id: int
+    start_offset: int
 
 
 class PlacedRecord(NamedTuple):
@@ -295,6 +305,7 @@ class Plan:
     dead_letters: tuple[DeadLetter, ...] = ()
     overlapping: bool = False
     records: tuple[PlacedRecord, ...] = ()
+    skips: tuple[PlacedSkip, ...] = ()
 
     @property
     def lines(self) -> int:

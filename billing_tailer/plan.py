@@ -20,6 +20,7 @@ from billing_tailer.model import (
     Outcome,
     PlacedFact,
     PlacedRecord,
+    PlacedSkip,
     Plan,
     Position,
     Rejected,
@@ -97,6 +98,7 @@ class FileWork:
     dead_letters: list[DeadLetter]
     row: OpenRow
     records: list[PlacedRecord] = field(default_factory=list)
+    skips: list[PlacedSkip] = field(default_factory=list)
 
 
 def take_lines(
@@ -113,6 +115,7 @@ def take_lines(
     facts: list[PlacedFact] = []
     letters: list[DeadLetter] = []
     records: list[PlacedRecord] = []
+    skips: list[PlacedSkip] = []
     kept_bytes = position.dead_letter_bytes
     start = position.committed_offset
     for line in lines:
@@ -123,6 +126,8 @@ def take_lines(
             facts.append(PlacedFact(outcome, position.file_id, start, end))
         elif type(outcome) is Skip:
             counts[outcome.reason] += 1
+            if outcome.call_id is not None:
+                skips.append(PlacedSkip(outcome.call_id, position.file_id, start))
         elif type(outcome) is SpendRecord:
             counts[Outcome.SPEND_RECORD] += 1
             records.append(PlacedRecord(outcome, position.file_id, start))
@@ -137,7 +142,7 @@ def take_lines(
     if len(tail) < FRONTIER_BYTES_MAX:
         tail = (chunk.context + tail)[-FRONTIER_BYTES_MAX:]
     step = _step(position, grown, row, head=head, tail=tail, size=chunk.size, kept_bytes=kept_bytes, counts=counts)
-    return FileWork(step, facts, letters, grown, records)
+    return FileWork(step, facts, letters, grown, records, skips)
 
 
 def take_rest(position: Position, context: bytes, rest: bytes, parse: Parse) -> FileWork:
@@ -180,6 +185,7 @@ def build(works: Sequence[FileWork]) -> Plan:
         dead_letters=tuple(letter for work in works for letter in work.dead_letters),
         overlapping=len({fact.fact.call_id for fact in facts}) != len(facts),
         records=tuple(record for work in works for record in work.records),
+        skips=tuple(skip for work in works for skip in work.skips),
     )
 
 
@@ -200,6 +206,7 @@ def without_refused(plan: Plan, letters: Mapping[int, DeadLetter]) -> Plan:
         dead_letters=(*plan.dead_letters, *bounded),
         overlapping=plan.overlapping,
         records=plan.records,
+        skips=plan.skips,
     )
 
 

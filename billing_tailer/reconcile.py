@@ -75,15 +75,15 @@ def window(ledger: Operator, span: Span) -> dict[str, Any]:
             "from": span.start,
             "to": span.end,
             **counts,
-            "capture_rate": _rate(captured, counts["billable"]),
+            "capture_rate": rate(captured, counts["billable"]),
             "litellm": None,
         }
     )
     return found
 
 
-def _rate(captured: int, billable: int) -> Decimal | None:
-    """Rounded down: only what is whole is shown as 1."""
+def rate(captured: int, billable: int) -> Decimal | None:
+    """The capture rate, rounded down: only what is whole is shown as 1. None without calls."""
     return (Decimal(captured) / billable).quantize(RATE_DECIMALS, ROUND_FLOOR) if billable else None
 
 
@@ -208,6 +208,6 @@ def sums(windows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
     added: dict[str, Any] = {name: sum(window[name] for window in windows) for name in counted}
     cost = pricing.total(Decimal(window["provider_cost_usd"]) for window in windows)
-    rate = _rate(added["settled"] + added["not_charged"], added["billable"])
-    found: dict[str, Any] = plain({**added, "provider_cost_usd": cost, "capture_rate": rate})
+    captured = rate(added["settled"] + added["not_charged"], added["billable"])
+    found: dict[str, Any] = plain({**added, "provider_cost_usd": cost, "capture_rate": captured})
     return found

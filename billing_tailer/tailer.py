@@ -54,7 +54,7 @@ class Tailer:
         settler: Settler,
         tidy: Callable[[], None] = lambda: None,
     ) -> None:
-        """tidy: called now and then, by the owner, to remove what is committed and old (spool files)."""
+        """tidy: called once a minute, by the owner, for what is not urgent."""
         self._files = files
         self._ledger = ledger
         self._follower = follower

@@ -5,7 +5,7 @@ from billing_tailer.ledger.operator import Operator, Told, operator
 from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
 from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
 from billing_tailer.ledger.resets import Reset
-from billing_tailer.ledger.runs import Reads, RunStatus
+from billing_tailer.ledger.runs import Reads, RunStatus, Unaudited
 from billing_tailer.ledger.settlement import Waiting, Window
 from billing_tailer.ledger.sqlfile import migrations
 from billing_tailer.ledger.writer import Changes, Committed, Ledger, LedgerState, NewFile
@@ -28,6 +28,7 @@ __all__ = [
     "RunStatus",
     "Tile",
     "Told",
+    "Unaudited",
     "Waiting",
     "Window",
     "migrate",

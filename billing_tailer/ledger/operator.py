@@ -8,7 +8,7 @@ decides (`settlement.deciding`), so that no receipt is made twice and no correct
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.rows import dict_row
@@ -17,9 +17,12 @@ from billing_tailer.errors import Overlap, TailerError
 from billing_tailer.ledger import settlement
 from billing_tailer.ledger.connection import Connection, connect, query, require_schema, wrapped
 from billing_tailer.ledger.letters import decide_letter
+from billing_tailer.ledger.runs import WINDOW_COUNTS
 from billing_tailer.model import PlacedFact, PlacedRecord, SkipReason
 from billing_tailer.settle import CallState, Decision
 
+HOUR = timedelta(hours=1)
+NEWEST_WITHIN = (HOUR, timedelta(days=1), timedelta(days=30))
 HELD_UP_SECONDS_MAX = 3
 """So long may a verb that was stopped in the middle hold up the daemon's settlement."""
 
@@ -75,6 +78,12 @@ class Operator:
         self, *, run_id: str | None, account: str | None, since: datetime | None, limit: int
     ) -> list[dict[str, Any]]:
         """Receipts with model, tokens and what was adjusted, the newest first."""
+        if since is None and run_id is None:  # the newest of many are looked for among the last ones first
+            now = self.now()
+            for back in NEWEST_WITHIN:
+                rows = self._rows("receipts", run_id=None, account=account, since=now - back, limit=limit)
+                if len(rows) == limit:
+                    return rows
         return self._rows("receipts", run_id=run_id, account=account, since=since, limit=limit)
 
     def exceptions(self, *, kind: str | None, include_closed: bool, limit: int) -> list[dict[str, Any]]:
@@ -88,11 +97,16 @@ class Operator:
 
     def window_counts(self, start: datetime, end: datetime) -> dict[str, Any]:
         """How many calls that ended from `start` to before `end` stand where, and what they cost."""
-        statement = query("reconcile_window").format(calls=query("reconcile_calls"))
-        with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:
-            row = cursor.execute(statement, {"start": start, "end": end}).fetchone()
-        assert row is not None
-        return row
+        total: dict[str, Any] = {}
+        while True:  # hour by hour: no snapshot is held for long
+            until = min(start + HOUR, end)
+            with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:
+                row = cursor.execute(WINDOW_COUNTS, {"start": start, "end": until}).fetchone()
+            assert row is not None
+            total = {name: value + total.get(name, 0) for name, value in row.items()}
+            if until == end:
+                return total
+            start = until
 
     def window_calls(self, start: datetime, end: datetime) -> list[dict[str, Any]]:
         """Each call of a window: where it stands and what it costs."""

@@ -33,11 +33,14 @@ AWAY_SECONDS = 1.0
 """After a failed attempt to connect, so long nobody tries again."""
 EXCEPTIONS_MAX = 100
 FILES_MAX = 50
+UNAUDITED_NAMED_MAX = 20
 ROWS_MAX = 1000
 """Spend records or conflicts of one call that are shown."""
 
 _RUN_STATUS = query("run_status").format(standings=query("call_standings"))
 _RUN_CALLS = query("run_calls").format(standings=query("call_standings"))
+WINDOW_COUNTS = query("reconcile_window").format(calls=query("reconcile_calls"))
+"""How many calls that ended from `start` to before `end` stand where, and what they cost."""
 
 T = TypeVar("T")
 Read = Callable[[Connection], T]
@@ -61,6 +64,15 @@ class RunStatus:
     exceptions: list[dict[str, Any]]
     time: datetime
     files: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Unaudited:
+    """Spend records without an audit line. with_line: those whose line was skipped, call_ids: some of them."""
+
+    records: int
+    with_line: int
+    call_ids: list[str]
 
 
 class Reads:
@@ -96,6 +108,14 @@ class Reads:
     def run_calls(self, run_id: str, after: str, limit: int) -> Future[list[dict[str, Any]]]:
         """A page of a run's calls in the order of their ids."""
         return self._submit(partial(_run_calls, run_id=run_id, after=after, limit=limit))
+
+    def closed_window(self, closed_seconds: int) -> Future[dict[str, Any]]:
+        """Where the calls stand that ended in the 15 minutes up to so many seconds ago (a whole minute)."""
+        return self._submit(partial(_closed_window, closed_seconds=closed_seconds))
+
+    def unaudited(self, after: datetime, to: datetime) -> Future[Unaudited]:
+        """Spend records without a line that were received after `after`, up to `to`."""
+        return self._submit(partial(_unaudited, after=after, to=to))
 
     def call(self, call_id: str) -> Future[dict[str, Any]]:
         """Everything that is known of one call, at one moment, and the files that its parts stand in."""
@@ -183,6 +203,17 @@ def _run_status(connection: Connection, *, source_id: str, run_id: str, named: S
 
 def _run_calls(connection: Connection, *, run_id: str, after: str, limit: int) -> list[dict[str, Any]]:
     return _rows(connection, _RUN_CALLS, run_id=run_id, after=after, limit=limit)
+
+
+def _closed_window(connection: Connection, *, closed_seconds: int) -> dict[str, Any]:
+    [window] = _rows(connection, query("closed_window"), closed=closed_seconds)
+    [row] = _rows(connection, WINDOW_COUNTS, **window)
+    return row
+
+
+def _unaudited(connection: Connection, *, after: datetime, to: datetime) -> Unaudited:
+    [row] = _rows(connection, query("unaudited"), after=after, to=to, named_max=UNAUDITED_NAMED_MAX)
+    return Unaudited(**row)
 
 
 def _call(connection: Connection, *, call_id: str) -> dict[str, Any]:

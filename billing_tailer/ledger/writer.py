@@ -38,6 +38,7 @@ from billing_tailer.model import (
     Place,
     PlacedFact,
     PlacedRecord,
+    PlacedSkip,
     Plan,
     Position,
     SeenFile,
@@ -55,6 +56,8 @@ WAIT_SECONDS_MAX = 1.0
 LETTERS_COUNTED_MAX = 10_000
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
+SKIPPED_CALLS_MAX = 200_000
+"""Of the calls whose lines were skipped, so many are remembered: 30 MB, however many strangers knock."""
 
 COLUMNS = (*UsageFact._fields, "file_id", "start_offset", "end_offset")
 _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
@@ -432,6 +435,9 @@ class Ledger:
             if rows:
                 cursor.executemany(query(name), rows)
                 expected.append((name, cursor, len(rows)))
+        if plan.skips:
+            self._session.execute(query("insert_skipped"), _columns(plan.skips))
+            self._session.execute(query("forget_skipped"), {"kept": SKIPPED_CALLS_MAX})
         if plan.dead_letters:
             self._session.cursor().executemany(
                 query("insert_dead_letter"), [_letter(letter) for letter in plan.dead_letters]
@@ -492,6 +498,18 @@ class Ledger:
     def settle_counts(self) -> dict[str, Any]:
         """Pending calls, the oldest of them, open exceptions by kind."""
         return settlement.counts(self._session)
+
+    def claim_unaudited(self, grace_seconds: int) -> tuple[datetime, datetime] | None:
+        """A span of `received_at` (after, to) in which nobody else looks for spend records without a line, up to
+        grace_seconds ago; None where there is none yet."""
+        with wrapped():
+            row = self._session.execute(query("unaudited_span"), {"grace": grace_seconds}).fetchone()
+            assert row is not None
+            span: tuple[datetime, datetime] = (row[0], row[1])
+            if span[0] >= span[1]:
+                return None
+            claimed = self._session.execute(query("claim_unaudited"), {"after": span[0], "to": span[1]})
+        return span if claimed.rowcount == 1 else None
 
     def find_refused(self, plan: Plan) -> dict[int, str]:
         """Which facts Postgres refuses, by index, with its words; nothing is written. Slow: one savepoint per fact."""
@@ -569,6 +587,10 @@ def _batch(step: FileStep) -> dict[str, Any]:
         "sha256": batch.sha256,
         "counts": Jsonb(dict(batch.counts)),
     }
+
+
+def _columns(skips: Sequence[PlacedSkip]) -> dict[str, list[Any]]:
+    return {name: [getattr(skip, name) for skip in skips] for name in PlacedSkip._fields}
 
 
 def _letter(letter: Any) -> dict[str, Any]:

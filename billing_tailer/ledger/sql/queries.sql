@@ -45,6 +45,14 @@ update tail_batches
 set end_offset = %(end_offset)s, sha256 = %(sha256)s, counts = %(counts)s, committed_at = now()
 where file_id = %(file_id)s and start_offset = %(start_offset)s and end_offset = %(grows_from)s
 
+-- name: insert_skipped
+insert into skipped_calls (call_id, file_id, start_offset)
+select * from unnest(%(call_id)s::text[], %(file_id)s::bigint[], %(start_offset)s::bigint[])
+on conflict do nothing
+
+-- name: forget_skipped
+delete from skipped_calls where seq <= (select max(seq) from skipped_calls) - %(kept)s
+
 -- name: insert_dead_letter
 insert into dead_letters (file_id, start_offset, end_offset, reason, detail, raw, sha256)
 values (%(file_id)s, %(start_offset)s, %(end_offset)s, %(reason)s, %(detail)s, %(raw)s, %(sha256)s)
@@ -215,6 +223,9 @@ select current_setting('server_version') as server_version, current_user::text a
                               when 'call_exceptions' then array['SELECT', 'INSERT', 'UPDATE']
                               when 'unsettled_facts' then array['SELECT', 'INSERT', 'DELETE']
                               when 'touched_calls' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'skipped_calls' then array['SELECT', 'INSERT', 'DELETE']
+                              when 'unaudited_progress' then array['SELECT', 'UPDATE']
+                              when 'prunes' then array['SELECT']
                               else array['SELECT', 'INSERT'] end) privilege
         where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
           and not has_table_privilege(t.oid, privilege)) as missing_grants
@@ -305,6 +316,21 @@ delete from unsettled_facts where call_id = any(%(call_ids)s)
 
 -- name: forget_touched
 delete from touched_calls where call_id = any(%(call_ids)s)
+
+-- name: unaudited_span
+select counted_to, now() - make_interval(secs => %(grace)s) from unaudited_progress
+
+-- name: claim_unaudited
+update unaudited_progress set counted_to = %(to)s where counted_to = %(after)s
+
+-- name: unaudited
+-- Spend records without a line, and those of them whose line was skipped.
+select count(*) as records, count(*) filter (where is_skipped) as with_line,
+       coalesce((array_agg(distinct call_id) filter (where is_skipped))[:%(named_max)s], '{}') as call_ids
+from (select s.call_id, exists (select from skipped_calls k where k.call_id = s.call_id) as is_skipped
+      from spend_records s
+      where s.received_at > %(after)s and s.received_at <= %(to)s
+        and not exists (select from usage_facts f where f.call_id = s.call_id)) unaudited
 
 -- name: poll_window
 with waiting as (
@@ -463,7 +489,9 @@ where c.call_id = %(call_id)s order by c.file_id, c.start_offset
 -- The newest are chosen before anything is joined to them.
 with newest as (
     select * from charge_receipts
-    where (%(run_id)s::text is null or run_id = %(run_id)s)
+    where (%(run_id)s::text is null
+           or run_id = %(run_id)s and source_system = 'litellm'
+              and source_reference = any(array(select call_id from usage_facts where run_id = %(run_id)s)))
       and (%(account)s::text is null or billing_account_id = %(account)s)
       and (%(since)s::timestamptz is null or created_at >= %(since)s)
     order by created_at desc, source_reference limit %(limit)s
@@ -517,10 +545,15 @@ select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_secon
        exists (select from spend_records s where s.call_id = f.call_id) as has_records
 from usage_facts f
 left join charge_receipts r on r.source_system = 'litellm' and r.source_reference = f.call_id
+                               and r.occurred_at >= %(start)s and r.occurred_at < %(end)s  -- it is the fact's
 left join adjusted a on a.source_reference = f.call_id
 left join kinds k on k.call_id = f.call_id
 left join unsettled_facts u on u.call_id = f.call_id
 where f.occurred_at >= %(start)s and f.occurred_at < %(end)s
+
+-- name: closed_window
+select moment - interval '15 minutes' as start, moment as "end"
+from date_trunc('minute', now() - make_interval(secs => %(closed)s)) as moment
 
 -- name: reconcile_window
 with calls as ({calls})
