@@ -1,4 +1,4 @@
-"""The verbs about calls and money: explain, receipts, exceptions, adjust, reconcile.
+"""The verbs about calls and money: explain, receipts, exceptions, adjust, reconcile, prune.
 
 What a person decides is written as rows that name the person and the reason; receipts are never updated. With
 `--dry-run` a write says what it would do, as decided at this moment. Exit code 1 where the call is unknown or cannot be
@@ -24,7 +24,7 @@ from billing_tailer import pricing, reconcile, settle
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.explain import RawLine
 from billing_tailer.files import LogFiles
-from billing_tailer.ledger import Operator, Told, operator, reports
+from billing_tailer.ledger import Operator, Told, operator, prune, reports
 from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import SETTLER, Adjustment, ExceptionKind, Release
 from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows, text
@@ -416,6 +416,33 @@ def _spend_logs(settings: Settings) -> Iterator[SpendLogs | None]:
         return
     with SpendLogs(settings.litellm_url, settings.litellm_api_key.get_secret_value(), stop=threading.Event()) as logs:
         yield logs
+
+
+# --- prune
+
+
+@money.command("prune")
+def prune_(reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
+    """Remove spend records of calls without an audit line, 30 days after they came. Needs the owner's DSN."""
+    settings = load()
+    person, why = _person(by), _said("--reason", reason)
+    with _owner_dsn(settings) as dsn:
+        pruned = prune(dsn, settings.db_schema, reason=why, person=person, dry_run=dry_run)
+    answer = plain({"applied": not dry_run, **asdict(pruned)})
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        print_pairs(answer)
+
+
+@contextmanager
+def _owner_dsn(settings: Settings) -> Iterator[str]:
+    """MIGRATE_DATABASE_URL, else what the daemon uses."""
+    if settings.migrate_database_url is not None:
+        yield settings.migrate_database_url.get_secret_value()
+        return
+    with daemon.database_for_verbs(settings) as dsn:
+        yield dsn
 
 
 # --- small things

@@ -7,7 +7,6 @@ verbs, variables, metrics, tables, log events. SQL in them is run.
 import ast
 import io
 import re
-import secrets
 import subprocess
 import tokenize
 import tomllib
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from billing_tailer.ledger import migrations, probe
 from billing_tailer.resets import newest_at, plan_reset
@@ -25,6 +23,7 @@ from billing_tailer.settings import LIBPQ_NAMES, PREFIX, TEST_PREFIX, OffsetRese
 from billing_tailer.settle import Rules
 from tests import docs_tables
 from tests.docs_tables import FILES, PACKAGE, ROOT, trees
+from tests.support import database
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import outcomes, rows
@@ -306,19 +305,10 @@ def test_queries_run(dsn: str) -> None:
 def test_the_grants_are_enough(dsn: str, tmp_path: Path) -> None:
     """A role with the grants of docs/operating.md follows a log, with everything that can happen, moves an offset,
     settles a call, corrects it, and opens and closes an exception; it cannot change what was charged."""
-    (grants,) = (block for block in sql_blocks("docs/operating.md") if block.startswith("grant"))
-    role = f"docs_{secrets.token_hex(6)}"
-    with psycopg.connect(dsn, autocommit=True) as owner:
-        owner.execute(f"create role {role}".encode())
-        try:
-            owner.execute(re.sub(r"\btailer\b", role, grants).encode())
-            as_role = make_conninfo(dsn, options=f"-c role={role}")
-            _follow_and_reset(as_role, tmp_path / "audit.jsonl")
-            _settle_and_correct(as_role, tmp_path)
-            _change_nothing(as_role)
-        finally:
-            owner.execute(f"drop owned by {role}".encode())
-            owner.execute(f"drop role {role}".encode())
+    with database.daemon_role(dsn) as as_role:
+        _follow_and_reset(as_role, tmp_path / "audit.jsonl")
+        _settle_and_correct(as_role, tmp_path)
+        _change_nothing(as_role)
     assert outcomes(dsn) == {"replayed": 12, "dead_letter": 1, "spend_record": 4}
     assert [row["reason"] for row in rows(dsn, "select reason from log_gaps")] == ["truncated"]
     charged = "select source_reference as id, charged_credits as credits, model from charge_receipts "

@@ -3,6 +3,7 @@
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.operator import Operator, Told, operator
 from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
+from billing_tailer.ledger.pruning import Pruned, prune
 from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
 from billing_tailer.ledger.resets import Reset
 from billing_tailer.ledger.runs import Reads, RunStatus, Unaudited
@@ -21,6 +22,7 @@ __all__ = [
     "Operator",
     "PlacedRows",
     "Proofs",
+    "Pruned",
     "Reads",
     "ReceiptRow",
     "Reports",
@@ -37,6 +39,7 @@ __all__ = [
     "operator",
     "probe",
     "proofs",
+    "prune",
     "reason_of",
     "reports",
 ]

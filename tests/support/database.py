@@ -1,5 +1,6 @@
 """Databases for tests: one template with the schema per session, one clone per test."""
 
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 import psycopg
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
+
+from tests.support.daemon import ROOT
 
 
 def create(admin_dsn: str, template: str | None = None, prefix: str = "test") -> str:
@@ -27,6 +30,28 @@ def drop(admin_dsn: str, name: str) -> None:
 def dsn_of(admin_dsn: str, name: str) -> str:
     """`admin_dsn` with another database."""
     return make_conninfo(admin_dsn, dbname=name)
+
+
+def grants() -> str:
+    """The SQL of docs/operating.md that gives the daemon's role, `tailer`, what it needs."""
+    (block,) = re.findall(
+        r"^```sql\n(grant .*?)^```", (ROOT / "docs/operating.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    return str(block)
+
+
+@contextmanager
+def daemon_role(dsn: str) -> Iterator[str]:
+    """The DSN of a role with those grants. dsn: the owner's."""
+    role = f"tailer_{secrets.token_hex(6)}"
+    with psycopg.connect(dsn, autocommit=True) as owner:
+        owner.execute(f"create role {role}".encode())
+        try:
+            owner.execute(re.sub(r"\btailer\b", role, grants()).encode())
+            yield make_conninfo(dsn, options=f"-c role={role}")
+        finally:
+            owner.execute(f"drop owned by {role}".encode())
+            owner.execute(f"drop role {role}".encode())
 
 
 @contextmanager

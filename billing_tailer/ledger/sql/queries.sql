@@ -332,6 +332,46 @@ from (select s.call_id, exists (select from skipped_calls k where k.call_id = s.
       where s.received_at > %(after)s and s.received_at <= %(to)s
         and not exists (select from usage_facts f where f.call_id = s.call_id)) unaudited
 
+-- name: may_prune
+select has_table_privilege('spend_records', 'DELETE') as may_delete, now() - make_interval(days => %(days)s) as before
+
+-- name: begin_prune
+insert into prunes (received_before, records, calls, reason, pruned_by)
+values (%(before)s, 0, 0, %(reason)s, %(person)s) returning prune_id
+
+-- name: prune_page
+-- The next records by call id, and the calls among them that may go.
+with page as (
+    select call_id, received_at < %(before)s
+                    and not exists (select from usage_facts f where f.call_id = s.call_id) as may_go
+    from spend_records s where call_id > %(after)s order by call_id limit %(rows)s
+)
+select max(call_id) as last, coalesce(array_agg(distinct call_id) filter (where may_go), '{}') as call_ids from page
+
+-- name: old_unaudited
+-- Part of the next two. All records of a call go, or none: what it costs is the sum of all.
+from spend_records s
+where s.call_id = any(%(call_ids)s)
+  and not exists (select from usage_facts f where f.call_id = s.call_id)
+  and not exists (select from spend_records n where n.call_id = s.call_id and n.received_at >= %(before)s)
+
+-- name: count_unaudited
+select count(distinct call_id) as calls, count(*) as records, coalesce(sum(cost_usd), 0) as cost_usd {unaudited}
+
+-- name: delete_unaudited
+with gone as (delete {unaudited} returning s.call_id, s.cost_usd)
+select count(distinct call_id) as calls, count(*) as records, coalesce(sum(cost_usd), 0) as cost_usd from gone
+
+-- name: hold_facts
+lock table usage_facts in share mode
+
+-- name: count_prune
+update prunes set records = records + %(records)s, calls = calls + %(calls)s, cost_usd = cost_usd + %(cost_usd)s
+where prune_id = %(prune_id)s
+
+-- name: end_prune
+update prunes set finished_at = now() where prune_id = %(prune_id)s
+
 -- name: poll_window
 with waiting as (
     select u.call_id, u.started_at from unsettled_facts u

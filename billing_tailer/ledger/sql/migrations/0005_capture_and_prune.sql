@@ -22,6 +22,7 @@ create table prunes (
     received_before timestamptz not null,
     records bigint not null,
     calls bigint not null,
+    cost_usd numeric not null default 0,
     reason text not null,
     pruned_by text not null,
     started_at timestamptz not null default now(),
