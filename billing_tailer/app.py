@@ -34,7 +34,7 @@ from billing_tailer.model import Corrections
 from billing_tailer.poller import Poller
 from billing_tailer.reader import Limits, Reader
 from billing_tailer.resets import OrderedReset
-from billing_tailer.settings import Settings, effective
+from billing_tailer.settings import HEADER_LIMITS, Settings, effective
 from billing_tailer.settle import Rules
 from billing_tailer.settler import Settler, Timing
 from billing_tailer.spend import parse_row, parse_spool_line, slim
@@ -172,8 +172,10 @@ def run(settings: Settings) -> int:
 
 def _spool(settings: Settings, events: Events) -> Spool | None:
     """The spool of callbacks; None where nobody may send any."""
+    if settings.cost_source == "header":
+        events.warning("cost_source.header", message=HEADER_LIMITS)
     if settings.callback_token is None and settings.spool_dir is None:
-        if settings.litellm_url is None:
+        if settings.litellm_url is None and settings.cost_source == "litellm":
             events.warning(
                 "cost_source.missing",
                 message="calls are recorded but not charged: set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY",
@@ -297,13 +299,14 @@ def rules(settings: Settings) -> Rules:
         free_models=settings.free_models,
         corrections=Corrections(settings.corrections),
         trust_litellm_end_user=settings.trust_litellm_end_user,
+        header_cost_max_usd=settings.cost_max_usd if settings.cost_source == "header" else None,
     )
 
 
 @contextmanager
 def _polling(settings: Settings, ending: Ending, wake: Wake) -> Iterator[Poller | None]:
     """The side task that asks LiteLLM's spend logs, where its address is known."""
-    if settings.litellm_url is None or settings.litellm_api_key is None:
+    if settings.litellm_url is None or settings.litellm_api_key is None or settings.cost_source == "header":
         yield None
         return
     key = settings.litellm_api_key.get_secret_value()

@@ -12,7 +12,7 @@ from billing_tailer.files import LogFiles
 from billing_tailer.ledger import migrations, models_seen, probe
 from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import DeadLetterReason, Rejected, SeenFile
-from billing_tailer.settings import Settings
+from billing_tailer.settings import HEADER_LIMITS, Settings
 
 SAMPLE_BYTES = 256 << 10
 CLOCK_SECONDS_MAX = 5.0
@@ -123,6 +123,9 @@ def _check_database(settings: Settings, dsn: str) -> list[Finding]:
 
 def _check_cost_sources(settings: Settings) -> list[Finding]:
     """Callbacks are fast and lossy, spend logs slow and lossy in other ways: both are best, one is needed."""
+    if settings.cost_source == "header":
+        hint = "set COST_SOURCE=litellm, with CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY"
+        return [Finding(True, "cost source", HEADER_LIMITS, hint, warning=True)]
     with_callbacks = settings.callback_token is not None or settings.spool_dir is not None
     if not with_callbacks and settings.litellm_url is None:
         hint = "set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY"

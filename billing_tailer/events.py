@@ -145,7 +145,7 @@ class Events:
             self._resets.labels(source)
         for kind in ExceptionKind:
             self._exceptions.labels(kind)
-        for spend_source in SpendSource:
+        for spend_source in (SpendSource.CALLBACK, SpendSource.SPEND_LOGS):
             self._records.labels(spend_source)
         for since in (self._oldest_pending, self._oldest, self._capture):
             since.set(math.nan)

@@ -120,6 +120,7 @@ def _conflict(row: Mapping[str, Any]) -> dict[str, Any]:
 def _pricing(state: CallState, rules: Rules) -> dict[str, Any] | None:
     """What the records of now cost. The receipt may name another sum: adjustments and exceptions say why."""
     markup = rules.markup if state.receipt is None else state.receipt.markup_factor
+    state = settle.evident(state, rules)
     billed = settle.bill(state.records)
     if billed is None:
         return None

@@ -322,10 +322,14 @@ class Plan:
 
 
 class SpendSource(StrEnum):
-    """Where a spend record came from: `spend_records.source`."""
+    """Where a spend record came from: `spend_records.source`, `charge_receipts.spend_source`.
+
+    header: no record, but the line's `x-litellm-response-cost`, where COST_SOURCE asks for it.
+    """
 
     CALLBACK = "callback"
     SPEND_LOGS = "spend_logs"
+    HEADER = "header"
 
 
 class SpendStatus(StrEnum):

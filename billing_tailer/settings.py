@@ -40,6 +40,12 @@ PREFIX = "BILLING_TAILER_"
 TEST_PREFIX = "BILLING_TAILER_TEST_"
 LIBPQ_NAMES = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE")
 
+HEADER_LIMITS = (
+    "calls are charged by the header x-litellm-response-cost: streams, cache hits, failures and answers without a cost "
+    "in it are not charged and become overdue, what failed attempts cost is not seen, tokens are not known, nothing is "
+    "corrected later, and LiteLLM's callbacks and spend logs are not used"
+)
+"""What COST_SOURCE=header gets wrong, for whoever asks for it."""
 OFFSET_MAX = 2**63 - 1  # Postgres bigint
 FILE_BYTES_MAX = 65536  # a value behind a _FILE variable
 SHOWN_CHARACTERS_MAX = 120
@@ -342,8 +348,10 @@ class Settings(BaseSettings):
     )
 
     # --- LiteLLM and money
-    cost_source: Literal["litellm"] = Field(
-        default="litellm", description="who says what a call costs: litellm, by callbacks and spend logs"
+    cost_source: Literal["litellm", "header"] = Field(
+        default="litellm",
+        description="who says what a call costs: litellm, by callbacks and spend logs, or, where there are neither, "
+        "header: the line's cost header, which knows neither streams nor cache hits nor failures",
     )
     spool_dir: DirectoryPath | None = Field(
         default=None,

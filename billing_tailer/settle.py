@@ -16,17 +16,22 @@ Holds (tests/test_settle.py, names of the tests)
 - ONE_RECEIPT_PER_CALL: test_any_order_ends_with_the_same_amount;
 - NO_PLACEHOLDER_RECEIPTS: test_zero_is_believed_only_where_it_can_be_true, test_unknown_cost_is_never_charged;
 - LITELLM_IS_USAGE_TRUTH: test_details_are_litellms.
+
+With COST_SOURCE=header a call without a receipt is decided by what its line says of the cost, and by nothing else. The
+source that made a receipt is the one that corrects it: a receipt by header is never corrected, and one by LiteLLM's
+records still is (test_the_header_bills_only_what_it_can_know, test_a_receipt_by_header_is_left_alone).
 """
 
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from fnmatch import translate
 from functools import lru_cache
+from typing import Any
 
 import orjson
 
@@ -52,6 +57,8 @@ LATE_RECORD = "late_record"
 APPLIED = "applied"
 NO_LONGER_SO = "no_longer_so"
 SUPERSEDED = "superseded"
+HEADER = "x-litellm-response-cost"
+"""The id of what stands in for a record, in receipts by header."""
 
 
 class Standing(StrEnum):
@@ -67,12 +74,16 @@ class Standing(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What the operator configured: MARKUP_FACTOR, FREE_MODELS (globs), CORRECTIONS, TRUST_LITELLM_END_USER."""
+    """What the operator configured: MARKUP_FACTOR, FREE_MODELS (globs), CORRECTIONS, TRUST_LITELLM_END_USER.
+
+    header_cost_max_usd: COST_MAX_USD where COST_SOURCE is `header`; None: LiteLLM's records say what a call costs.
+    """
 
     markup: Decimal = Decimal(1)
     free_models: tuple[str, ...] = ()
     corrections: Corrections = Corrections.APPLY
     trust_litellm_end_user: bool = False
+    header_cost_max_usd: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +141,49 @@ _HELD = (ExceptionKind.HELD_ZERO_COST, ExceptionKind.HELD_BAD_COST)
 _INFORMATIONAL = (ExceptionKind.CALL_ID_NOT_FORWARDED, ExceptionKind.MODEL_MISMATCH)
 _SUMMARIES_MAX = 20
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
+
+
+# --- the header
+
+
+def why_no_header_cost(fact: UsageFact) -> str | None:
+    """Why the line's cost header is no price; None where it is one."""
+    if fact.provenance == Provenance.STREAM:
+        return "a stream: its header comes before its cost is known"
+    if fact.cache_key is not None:
+        return "a cache hit: its header has the full price"
+    if not 200 <= fact.status < 300:
+        return f"status {fact.status}: an error's header says 0, whatever its attempts cost"
+    return None if fact.header_cost_usd else f"its header says {'nothing' if fact.header_cost_usd is None else 0}"
+
+
+def evident(call: CallState, rules: Rules | None = None) -> CallState:
+    """The call with the records that decide it: LiteLLM's, or one that says what the header says. rules: needed where
+    there is no receipt yet."""
+    cost_max = None if rules is None else rules.header_cost_max_usd
+    if call.receipt is None:
+        by_header = cost_max is not None
+    else:
+        by_header, cost_max = call.receipt.spend_source is SpendSource.HEADER, None
+    return replace(call, records=_header_records(call.fact, cost_max)) if by_header else call
+
+
+def _header_records(fact: UsageFact, cost_max: Decimal | None) -> tuple[SpendRecord, ...]:
+    cost = fact.header_cost_usd
+    if why_no_header_cost(fact) is not None or cost is None:
+        return ()
+    is_too_much = cost_max is not None and cost > cost_max
+    unknown = dict.fromkeys(field.name for field in fields(SpendRecord))
+    told: dict[str, Any] = {
+        "call_id": fact.call_id,
+        "source": SpendSource.HEADER,
+        "record_id": HEADER,
+        "status": SpendStatus.SUCCESS,
+        "model_group": fact.header_model_group,
+        "cost_usd": None if is_too_much else cost,
+        "cost_text": f"{cost:f}" if is_too_much else None,
+    }
+    return (SpendRecord(**{**unknown, **told}),)
 
 
 # --- the records
@@ -213,12 +267,13 @@ def decide(call: CallState, rules: Rules) -> Decision:
     cost, an unattributed one an account), names another account than the receipt's, or repeats what was decided.
     """
     _check(call)
+    seen, call = _all_ids(call.records), evident(call, rules)
     wanted: _Wanted = {}
     charged = bill(call.records)
     _inform(wanted, call, charged)
     _want_conflict(wanted, call)
     if call.receipt is None:
-        decision = _first(call, rules, wanted, charged)
+        decision = _first(call, rules, wanted, charged, seen)
         released = decision.receipt is not None
     else:
         adjustment = _later(call, call.receipt, rules, wanted, charged)
@@ -305,12 +360,12 @@ def _summary(record: SpendRecord) -> dict[str, object]:
 # --- without a receipt
 
 
-def _first(call: CallState, rules: Rules, wanted: _Wanted, charged: Bill | None) -> Decision:
-    """Makes the receipt, or says why not."""
+def _first(call: CallState, rules: Rules, wanted: _Wanted, charged: Bill | None, seen: tuple[str, ...]) -> Decision:
+    """Makes the receipt, or says why not. seen: the ids of all of LiteLLM's records, for whoever names the cost."""
     named_cost = call.release.cost_usd if call.release is not None else None
     if named_cost is None:
         _want_held(wanted, call, rules)
-        standing = _waits(call, wanted, charged)
+        standing = _waits(call, rules, wanted, charged)
         if standing is not None:
             return Decision(standing)
     account = _account(call, rules)
@@ -325,15 +380,17 @@ def _first(call: CallState, rules: Rules, wanted: _Wanted, charged: Bill | None)
     if isinstance(price, Unpriceable):
         wanted[ExceptionKind.HELD_BAD_COST] = {"evidence": price.detail, "why": price.detail}
         return Decision(Standing.HELD)
-    receipt = _receipt(call, account, price, rules.markup, None if named_cost is not None else charged)
+    receipt = _receipt(call, account, price, rules.markup, None if named_cost is not None else charged, seen)
     return Decision(Standing.SETTLED, receipt=receipt, details=_details(call.fact, charged))
 
 
-def _waits(call: CallState, wanted: _Wanted, charged: Bill | None) -> Standing | None:
+def _waits(call: CallState, rules: Rules, wanted: _Wanted, charged: Bill | None) -> Standing | None:
     """Where a call stands that the records do not settle (yet); None where they do, or are held."""
     if charged is None:
         if call.deadline_over or _is_open(call, ExceptionKind.OVERDUE):
             wanted[ExceptionKind.OVERDUE] = {"evidence": "no_record"}
+            if rules.header_cost_max_usd is not None:
+                wanted[ExceptionKind.OVERDUE]["why"] = f"COST_SOURCE=header: {why_no_header_cost(call.fact)}"
             return Standing.OVERDUE
         return Standing.PENDING
     if any(record.status is SpendStatus.SUCCESS for record in call.records) or not wanted.keys().isdisjoint(_HELD):
@@ -363,8 +420,10 @@ def _account(call: CallState, rules: Rules) -> str | None:
     return told.pop() if len(told) == 1 else None
 
 
-def _receipt(call: CallState, account: str, price: Price, markup: Decimal, charged: Bill | None) -> Receipt:
-    """charged: the records that were summed; None where a person named the cost."""
+def _receipt(
+    call: CallState, account: str, price: Price, markup: Decimal, charged: Bill | None, seen: tuple[str, ...]
+) -> Receipt:
+    """charged: the records that were summed; None where a person named the cost, who has seen `seen`."""
     fact = call.fact
     return Receipt(
         source_reference=fact.call_id,
@@ -378,7 +437,7 @@ def _receipt(call: CallState, account: str, price: Price, markup: Decimal, charg
         markup_factor=markup,
         provenance=Provenance.MANUAL if charged is None else Provenance(fact.provenance),
         spend_source=None if charged is None else charged.source,
-        record_ids=_all_ids(call.records) if charged is None else charged.record_ids,
+        record_ids=seen if charged is None else charged.record_ids,
         occurred_at=fact.occurred_at,
     )
 
@@ -500,7 +559,7 @@ def adjust(call: CallState, delta_credits: int, delta_cost_usd: Decimal, reason:
 
     The same correction with the same reason in the same situation has the same evidence hash: it is made once.
     """
-    ids, delta_cost = _all_ids(call.records), pricing.quantized(delta_cost_usd)
+    ids, delta_cost = _all_ids(evident(call).records), pricing.quantized(delta_cost_usd)
     return Adjustment(
         source_reference=call.fact.call_id,
         evidence_hash=evidence_hash("adjust", ids, delta_credits, pricing.canonical(delta_cost), reason),

@@ -52,6 +52,7 @@ class Settler:
         told, after the commit, the ids of the runs about whose calls something was decided."""
         self._ledger = ledger
         self._rules = rules
+        self._by_header = rules.header_cost_max_usd is not None
         self._timing = timing
         self._events = events
         self._health = health
@@ -71,7 +72,7 @@ class Settler:
 
     def after_commit(self, call_ids: Collection[str]) -> None:
         """Decide the calls of a plan that was committed just now, as far as anything is known of their cost."""
-        if call_ids:
+        if call_ids and not self._by_header:
             call_ids = self._ledger.with_records(call_ids)
         for batch in _batches(sorted(call_ids), BATCH_CALLS_MAX):
             self._settle(batch)
@@ -82,7 +83,7 @@ class Settler:
         if self._poller is not None:
             more = self._poll(self._poller)
         if time.monotonic() >= self._next_sweep:
-            due = self._ledger.due_calls(SWEEP_CALLS_MAX, self._timing.deadline_seconds)
+            due = self._ledger.due_calls(SWEEP_CALLS_MAX, self._timing.deadline_seconds, by_header=self._by_header)
             for batch in _batches(due, BATCH_CALLS_MAX):
                 self._settle(batch)
             self._next_sweep = time.monotonic() + SWEEP_SECONDS

@@ -603,6 +603,21 @@ def test_check_of_the_cost_sources(verb: Verb, log: Path, monkeypatch: pytest.Mo
     assert by_topic(verb.json("check"))["spend logs"]["message"] == "http://127.0.0.1:1 answers"
 
 
+def test_by_header_it_is_said_what_that_gets_wrong(verb: Verb, dsn: str, log: Path) -> None:
+    settle(dsn, log, line(1), payload(1, 7.0), rules=Rules(header_cost_max_usd=Decimal(1000)))
+    verb.environment(COST_SOURCE="header")
+    found = by_topic(verb.json("check"))
+    assert found["cost source"]["warning"] is True
+    assert "streams, cache hits, failures" in found["cost source"]["message"]
+    assert {"callbacks", "spend logs"}.isdisjoint(found)
+    for source in ("header", "litellm"):
+        verb.environment(COST_SOURCE=source)
+        told = verb.json("explain", call(1))
+        assert (told["standing"], told["total_credits"]) == ("settled", 2250)
+        assert [one["source"] for one in told["pricing"]["sums"]] == ["header"]
+        assert told["pricing"]["charged_credits"] == 2250
+
+
 def test_check_of_the_free_models(verb: Verb, dsn: str, log: Path) -> None:
     settle(dsn, log, lines(0, 1), payload(0))
     verb.environment(FREE_MODELS="up-*,local/*,gpt-4o-mini")

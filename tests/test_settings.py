@@ -115,7 +115,7 @@ def test_every_value_is_read() -> None:
             db_schema="billing_2",
             data_dir="/var/lib/bt",
             postgres_bin="/usr/lib/postgresql/15/bin",
-            cost_source="litellm",
+            cost_source="header",
             spool_dir="/spool",
             spool_bytes_max="1048576",
             callback_token=TOKEN,

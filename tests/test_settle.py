@@ -29,7 +29,18 @@ from billing_tailer.model import (
     SpendStatus,
     UsageFact,
 )
-from billing_tailer.settle import CallState, Decision, Rules, Standing, adjust, bill, decide, evidence_hash, hold
+from billing_tailer.settle import (
+    HEADER,
+    CallState,
+    Decision,
+    Rules,
+    Standing,
+    adjust,
+    bill,
+    decide,
+    evidence_hash,
+    hold,
+)
 from billing_tailer.spend import parse_callback
 
 DATA = Path(__file__).parent / "data"
@@ -1321,3 +1332,92 @@ def test_whatever_comes_there_is_one_receipt_and_no_unknown_cost(
             assert world.credits == amount
         if data.draw(st.integers(0, 4)) == 0 and world.open:
             world.close(K(data.draw(st.sampled_from(world.open))))
+
+
+# --- by header ---------------------------------------------------------------------------------------------------
+
+BY_HEADER = Rules(header_cost_max_usd=Decimal(1000))
+
+
+def test_the_header_bills_only_what_it_can_know() -> None:
+    world = World(replace(BY_HEADER, markup=Decimal("1.2")), header_cost_usd=Decimal("0.00047100000000000006"))
+    assert world.decide(record("r1", "5")).standing is Standing.SETTLED, "LiteLLM's records do not count"
+    receipt = world.state.receipt
+    assert receipt is not None
+    assert (receipt.provider_cost_usd, receipt.charged_credits) == (Decimal("0.000471"), 5652)
+    assert (receipt.spend_source, receipt.provenance, receipt.record_ids) == (
+        SpendSource.HEADER,
+        Provenance.RESPONSE,
+        (HEADER,),
+    )
+    assert world.details is not None
+    assert (world.details.model, world.details.tokens_in, world.details.provider) == ("header-model", None, None)
+    assert world.details.response_cost_usd == Decimal("0.00047100000000000006")
+
+
+@pytest.mark.parametrize(
+    ("fact", "why"),
+    [
+        ({"provenance": "stream"}, "a stream"),
+        ({"cache_key": "k"}, "a cache hit"),
+        ({"header_cost_usd": None}, "its header says nothing"),
+        ({"header_cost_usd": Decimal(0)}, "its header says 0"),
+        ({"header_cost_usd": Decimal("0E-30")}, "its header says 0"),
+        ({"status": 500, "header_cost_usd": Decimal(0)}, "status 500"),
+        ({"status": 503, "header_cost_usd": Decimal("0.5")}, "status 503"),
+        ({"status": 499, "header_cost_usd": None}, "status 499"),
+    ],
+)
+def test_what_the_header_cannot_know_is_never_charged(fact: dict[str, Any], why: str) -> None:
+    """Not as 0 either: it waits, and becomes overdue with the reason, also where the model is free."""
+    world = World(replace(BY_HEADER, free_models=("*",)), **fact)
+    world.decide(record("r1"), quiet_over=True)
+    assert (world.standing, world.receipts) == (Standing.PENDING, 0)
+    decision = world.decide(deadline_over=True)
+    assert (world.standing, world.receipts) == (Standing.OVERDUE, 0)
+    (overdue,) = decision.opened
+    assert str(overdue.detail["why"]).startswith(f"COST_SOURCE=header: {why}")
+    assert world.decide(release=Release("as invoiced", "ann", Decimal("0.5"))).receipt is not None
+
+
+def test_a_header_above_the_maximum_is_held() -> None:
+    world = World(Rules(header_cost_max_usd=Decimal("9.98")))
+    (held,) = world.decide().opened
+    assert (world.standing, held.kind) == (Standing.HELD, K.HELD_BAD_COST)
+    world.rules = Rules(header_cost_max_usd=Decimal("9.99"))
+    world.decide()
+    assert (world.standing, world.receipts) == (Standing.SETTLED, 1)
+    world.rules = Rules(header_cost_max_usd=Decimal(1))
+    assert world.decide().is_empty, "a receipt stays"
+
+
+@pytest.mark.parametrize("rules", [BY_HEADER, RULES, REPORT])
+def test_a_receipt_by_header_is_left_alone(rules: Rules) -> None:
+    """Whatever comes later, and whatever the source is by then; a person may still correct it."""
+    world = World(BY_HEADER)
+    world.decide()
+    world.rules = rules
+    assert world.decide(record("r1", "100"), row("r2", "0"), bad("r3")).is_empty
+    adjustment = adjust(world.state, -100, Decimal(0), "goodwill", "ann")
+    world.apply(Decision(Standing.SETTLED, adjustment=adjustment))
+    assert world.decide(record("r4", "200")).is_empty
+    assert world.decide(conflict_accounts=("account-2",)).opened[0].kind is K.CONFLICT
+
+
+def test_a_receipt_by_records_is_corrected_by_records() -> None:
+    world = World()
+    world.decide(record("r1", "0.0001"))
+    world.rules = BY_HEADER
+    assert world.decide().is_empty
+    adjustment = world.decide(record("r2", "0.0002")).adjustment
+    assert adjustment is not None
+    assert adjustment.delta_credits == 2000
+
+
+def test_a_held_call_is_billed_by_header_when_that_is_asked_for() -> None:
+    world = World()
+    world.decide(record("r1", "0"))
+    assert world.standing is Standing.HELD
+    world.rules = BY_HEADER
+    (closed,) = world.decide().closed
+    assert (closed.kind, world.standing) == (K.HELD_ZERO_COST, Standing.SETTLED)

@@ -278,3 +278,49 @@ def test_the_schema_refuses_a_second_receipt_and_wrong_credits(dsn: str, tmp_pat
             connection.execute(copy)
         with pytest.raises(psycopg.errors.CheckViolation):
             connection.execute("update billing.charge_receipts set charged_credits = charged_credits + 1")
+
+
+BY_HEADER = Rules(header_cost_max_usd=Decimal(1000))
+
+
+def test_by_header_and_back(dsn: str, tmp_path: Path) -> None:
+    """At once, without any record; what the header cannot know becomes overdue. Back at LiteLLM's records, receipts by
+    header stay as they are, and what was overdue settles."""
+    stream = line(2, upstream_content_type="text/event-stream", litellm_response_cost="")
+    hit = line(3, litellm_cache_key="key")
+    log(tmp_path, line(1) + stream + hit + line(4, litellm_response_cost="0"))
+    with following(dsn, tmp_path, rules=BY_HEADER) as rig:
+        assert billed(dsn) == {"call-00000001": (2250, Decimal("0.000225"))}
+        assert (kinds(dsn), count(dsn, "unsettled_facts")) == ({}, 3)
+        sweep(rig)
+        spool(tmp_path, payload(1, 7.0), payload(2, 7.0))
+        rig.turn()
+        assert set(billed(dsn)) == {"call-00000001"}
+    with following(dsn, tmp_path, rules=BY_HEADER, deadline_seconds=0) as rig:
+        sweep(rig)
+    assert kinds(dsn) == dict.fromkeys(("call-00000002", "call-00000003", "call-00000004"), "overdue")
+    (receipt,) = rows(dsn, "select provenance, spend_source, record_ids from charge_receipts")
+    assert receipt == {"provenance": "response", "spend_source": "header", "record_ids": ["x-litellm-response-cost"]}
+    spool(tmp_path, payload(1, 8.0, attempt=1), payload(2, 8.0, attempt=1), payload(3, 0.0, cache_hit=True))
+    with following(dsn, tmp_path) as rig:
+        sweep(rig)
+    assert billed(dsn) == {
+        "call-00000001": (2250, Decimal("0.000225")),
+        "call-00000002": (150_000_000, Decimal(15)),
+        "call-00000003": (0, Decimal(0)),
+    }
+    assert kinds(dsn) == {"call-00000004": "overdue"}
+
+
+def test_by_header_a_crash_forgets_nothing(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fact is committed, and the process is gone before its receipt is."""
+    log(tmp_path, line(1) + line(2, end_user=""))
+    with monkeypatch.context() as patch:
+        patch.setattr(Settler, "after_commit", lambda *_: None)
+        patch.setattr(Settler, "turn", lambda _: False)
+        with following(dsn, tmp_path, rules=BY_HEADER):
+            pass
+    assert (count(dsn, "usage_facts"), count(dsn, "charge_receipts")) == (2, 0)
+    with following(dsn, tmp_path, rules=BY_HEADER) as rig:
+        sweep(rig)
+    assert (set(billed(dsn)), kinds(dsn)) == ({"call-00000001"}, {"call-00000002": "unattributed"})

@@ -56,15 +56,12 @@ class Window:
     stragglers: tuple[str, ...]
 
 
-def due(connection: Connection, source_id: str, limit: int, deadline_seconds: int) -> list[str]:
-    """Calls to look at: those about which records have come, and those whose waiting time may be over."""
+def due(connection: Connection, source_id: str, limit: int, deadline_seconds: int, *, by_header: bool) -> list[str]:
+    """Calls to look at: those about which records have come, those whose waiting time may be over, and, by header,
+    those whose header may say what they cost."""
+    words = {"source_id": source_id, "limit": limit, "deadline": deadline_seconds, "by_header": by_header}
     with wrapped():
-        return [
-            row[0]
-            for row in connection.execute(
-                query("due_calls"), {"source_id": source_id, "limit": limit, "deadline": deadline_seconds}
-            ).fetchall()
-        ]
+        return [row[0] for row in connection.execute(query("due_calls"), words).fetchall()]
 
 
 @contextmanager

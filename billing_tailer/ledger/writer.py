@@ -449,9 +449,9 @@ class Ledger:
 
     # --- settlement
 
-    def due_calls(self, limit: int, deadline_seconds: int) -> list[str]:
-        """Calls that settlement should look at."""
-        return settlement.due(self._session, self.source_id, limit, deadline_seconds)
+    def due_calls(self, limit: int, deadline_seconds: int, *, by_header: bool) -> list[str]:
+        """Calls that settlement should look at. by_header: also those that their header may settle."""
+        return settlement.due(self._session, self.source_id, limit, deadline_seconds, by_header=by_header)
 
     def with_records(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls about which there is a spend record."""

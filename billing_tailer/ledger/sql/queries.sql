@@ -240,7 +240,9 @@ union
                    where e.call_id = u.call_id and e.closed_at is null
                      and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
    and (u.committed_at < now() - make_interval(secs => %(deadline)s)
-        or exists (select from spend_records s where s.call_id = u.call_id))
+        or not %(by_header)s and exists (select from spend_records s where s.call_id = u.call_id)
+        or %(by_header)s and f.header_cost_usd > 0 and f.provenance = 'response' and f.cache_key is null
+           and f.status between 200 and 299)
  order by u.committed_at limit %(limit)s)
 
 -- name: with_records
