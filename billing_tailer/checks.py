@@ -105,10 +105,12 @@ def _check_database(settings: Settings, dsn: str) -> list[Finding]:
             f"grant them to {found['role']}",
         ),
     ]
-    if found["may_change_money"] and not settings.uses_embedded_postgres:
+    if not found["append_only"]:
+        embedded = settings.uses_embedded_postgres
         message = f"role {found['role']} may change or delete receipts, which are to be append-only"
+        why = "; the embedded Postgres has one role for all" if embedded else ""
         hint = "give the daemon a role of its own with the grants of docs/operating.md"
-        findings.append(Finding(True, "grants", message, hint, warning=True))
+        findings.append(Finding(embedded, "receipts", message + why, hint, warning=embedded))
     apart = abs(time.time() - found["server_time"])
     findings.append(
         Finding(

@@ -115,6 +115,8 @@ class Tailer:
         self._load()
         self._reset.apply()
         self._load()
+        if self._ledger.may_change_money():
+            self._events.warning("receipts.not_append_only", message="our role may change them: see `check`")
         self._settler.begin()
         self._events.active(True)
         self._health.say("ledger", ())

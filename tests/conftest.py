@@ -70,6 +70,13 @@ def dsn(admin_dsn: str, template_database: str) -> Iterator[str]:
 
 
 @pytest.fixture
+def daemon_dsn(dsn: str) -> Iterator[str]:
+    """As `dsn`, with a role that has the grants of docs/operating.md and no more."""
+    with database.daemon_role(dsn) as role:
+        yield role
+
+
+@pytest.fixture
 def empty_dsn(admin_dsn: str) -> Iterator[str]:
     """The DSN of a database of the test's own, without the schema."""
     with database.temporary(admin_dsn) as own:

@@ -161,6 +161,18 @@ def test_the_start_migrates_where_the_owner_is_known(empty_dsn: str, volume: Pat
     assert_sound(empty_dsn)
 
 
+def test_by_header_without_any_other_source(dsn: str, daemon_dsn: str, volume: Path, daemon_log: Path) -> None:
+    """What that gets wrong is said at every start, as is a role that may change receipts."""
+    for role, starts in ((daemon_dsn, 0), (dsn, 1)):
+        with Daemon(variables(role, volume, COST_SOURCE="header"), daemon_log) as daemon:
+            daemon.wait_until(lambda: count(dsn, "charge_receipts") == 10)
+            daemon.wait_for_event("owner")
+            assert "streams" in daemon.wait_for_event("cost_source.header")["message"]
+            assert len(list(daemon.events("receipts.not_append_only"))) == starts
+            assert list(daemon.events("cost_source.missing")) == []
+            assert daemon.terminate() == 0
+
+
 def test_secrets_are_not_logged(dsn: str, volume: Path, daemon_log: Path) -> None:
     with Daemon(variables(f"{dsn} password={SECRET}", volume, API_TOKEN=SECRET * 2), daemon_log) as daemon:
         daemon.wait_for_event("owner")

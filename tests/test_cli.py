@@ -306,11 +306,12 @@ def failing(findings: list[dict[str, Any]]) -> dict[str, str]:
     return {finding["topic"]: finding["message"] for finding in findings if not finding["ok"]}
 
 
-def test_check(verb: Verb, log: Path) -> None:
+def test_check(verb: Verb, daemon_dsn: str, log: Path) -> None:
+    verb.environment(DATABASE_URL=daemon_dsn)
     log.write_bytes(RECORDED.read_bytes() + b'{"half')
     assert failing(verb.json("check")) == {}
     printed = verb("check")
-    fine = ("ok   ", "warn spend logs", "warn grants", "     -> ")
+    fine = ("ok   ", "warn spend logs", "     -> ")
     assert all(text.startswith(fine) for text in printed.splitlines())
     assert "the last 122 lines are understood" in printed
 
@@ -328,8 +329,9 @@ def test_check_says_everything_at_once(verb: Verb, log: Path, empty_dsn: str) ->
     assert "     -> " in printed
 
 
-def test_check_of_a_log_that_is_not_understood(verb: Verb, log: Path) -> None:
+def test_check_of_a_log_that_is_not_understood(verb: Verb, daemon_dsn: str, log: Path) -> None:
     """A line in nginx's default format, one without what bills it, and a carriage return, which ends no line."""
+    verb.environment(DATABASE_URL=daemon_dsn)
     fields = json.loads(line(1))
     del fields["status"]
     log.write_bytes(b"127.0.0.1 - - GET\n" + line(0)[:-2] + b',"x":"\r"}\n' + json.dumps(fields).encode() + b"\n")
@@ -380,10 +382,36 @@ def test_what_check_finds_sufficient_is(verb: Verb, log: Path, poor_dsn: Callabl
     verb("offsets", "reset", f"{log}=beginning", "--reason", "r", code=2)
     assert "permission denied" in verb.stderr
     poor_dsn("delete")
-    assert failing(verb.json("check")) == {}
+    assert set(failing(verb.json("check", code=1))) == {"receipts"}
     verb("offsets", "reset", f"{log}=beginning", "--reason", "r")
     follow(poor, log, b"")
     assert outcomes(poor) == {"replayed": 20}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "grant update on billing.charge_receipts to {role}",
+        "grant update (charged_credits) on billing.charge_receipts to {role}",
+        "grant delete on billing.charge_adjustments to {role}",
+        "grant truncate on billing.llm_charge_details to {role}",
+        (
+            "alter table billing.charge_receipts owner to {role}; "
+            "revoke update, delete, truncate on billing.charge_receipts from {role}"
+        ),
+    ],
+)
+def test_check_fails_where_receipts_may_be_changed(
+    verb: Verb, dsn: str, daemon_dsn: str, log: Path, given: str
+) -> None:
+    log.write_bytes(lines(0, 1))
+    verb.environment(DATABASE_URL=daemon_dsn)
+    assert failing(verb.json("check")) == {}
+    role = rows(daemon_dsn, "select current_user::text as role")[0]["role"]
+    with psycopg.connect(dsn, autocommit=True) as owner:
+        owner.execute(given.format(role=role).encode())
+    assert list(failing(verb.json("check", code=1))) == ["receipts"]
+    assert "FAIL receipts" in verb("check", code=1)
 
 
 # --- the embedded Postgres -------------------------------------------------------------------------------------------
@@ -408,4 +436,5 @@ def test_verbs_with_the_embedded_postgres(log: Path, open_dir: Path, tmp_path: P
         assert daemon.terminate() == 0
     stopped = answer_of(run_verb(environment, "status", "--json"))
     assert stopped == {**running, "active": False, "last_commit_at": stopped["last_commit_at"]}
-    assert "FAIL" not in run_verb(environment, "check").stdout
+    found = run_verb(environment, "check")
+    assert (found.returncode, "FAIL" in found.stdout, "warn receipts" in found.stdout) == (0, False, True)

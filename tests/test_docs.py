@@ -23,7 +23,6 @@ from billing_tailer.settings import LIBPQ_NAMES, PREFIX, TEST_PREFIX, OffsetRese
 from billing_tailer.settle import Rules
 from tests import docs_tables
 from tests.docs_tables import FILES, PACKAGE, ROOT, trees
-from tests.support import database
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import outcomes, rows
@@ -302,13 +301,12 @@ def test_queries_run(dsn: str) -> None:
             connection.execute(query.encode())
 
 
-def test_the_grants_are_enough(dsn: str, tmp_path: Path) -> None:
+def test_the_grants_are_enough(dsn: str, daemon_dsn: str, tmp_path: Path) -> None:
     """A role with the grants of docs/operating.md follows a log, with everything that can happen, moves an offset,
     settles a call, corrects it, and opens and closes an exception; it cannot change what was charged."""
-    with database.daemon_role(dsn) as as_role:
-        _follow_and_reset(as_role, tmp_path / "audit.jsonl")
-        _settle_and_correct(as_role, tmp_path)
-        _change_nothing(as_role)
+    _follow_and_reset(daemon_dsn, tmp_path / "audit.jsonl")
+    _settle_and_correct(daemon_dsn, tmp_path)
+    _change_nothing(daemon_dsn)
     assert outcomes(dsn) == {"replayed": 12, "dead_letter": 1, "spend_record": 4}
     assert [row["reason"] for row in rows(dsn, "select reason from log_gaps")] == ["truncated"]
     charged = "select source_reference as id, charged_credits as credits, model from charge_receipts "

@@ -587,7 +587,8 @@ def by_topic(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {one["topic"]: one for one in found}
 
 
-def test_check_of_the_cost_sources(verb: Verb, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_of_the_cost_sources(verb: Verb, daemon_dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verb.environment(DATABASE_URL=daemon_dsn)
     log.write_bytes(lines(0, 1))
     found = by_topic(verb.json("check"))
     assert (found["callbacks"]["ok"], found["callbacks"]["warning"]) == (True, False)
@@ -603,9 +604,9 @@ def test_check_of_the_cost_sources(verb: Verb, log: Path, monkeypatch: pytest.Mo
     assert by_topic(verb.json("check"))["spend logs"]["message"] == "http://127.0.0.1:1 answers"
 
 
-def test_by_header_it_is_said_what_that_gets_wrong(verb: Verb, dsn: str, log: Path) -> None:
+def test_by_header_it_is_said_what_that_gets_wrong(verb: Verb, dsn: str, daemon_dsn: str, log: Path) -> None:
     settle(dsn, log, line(1), payload(1, 7.0), rules=Rules(header_cost_max_usd=Decimal(1000)))
-    verb.environment(COST_SOURCE="header")
+    verb.environment(COST_SOURCE="header", DATABASE_URL=daemon_dsn)
     found = by_topic(verb.json("check"))
     assert found["cost source"]["warning"] is True
     assert "streams, cache hits, failures" in found["cost source"]["message"]
@@ -618,9 +619,9 @@ def test_by_header_it_is_said_what_that_gets_wrong(verb: Verb, dsn: str, log: Pa
         assert told["pricing"]["charged_credits"] == 2250
 
 
-def test_check_of_the_free_models(verb: Verb, dsn: str, log: Path) -> None:
+def test_check_of_the_free_models(verb: Verb, dsn: str, daemon_dsn: str, log: Path) -> None:
     settle(dsn, log, lines(0, 1), payload(0))
-    verb.environment(FREE_MODELS="up-*,local/*,gpt-4o-mini")
+    verb.environment(DATABASE_URL=daemon_dsn, FREE_MODELS="up-*,local/*,gpt-4o-mini")
     found = by_topic(verb.json("check"))
     assert found["free models"]["warning"] is True
     assert found["free models"]["message"].endswith(": local/*")

@@ -10,7 +10,6 @@ import pytest
 
 from billing_tailer.errors import LedgerUnavailable
 from billing_tailer.ledger import pruning
-from tests.support import database
 from tests.support.follow import following
 from tests.support.loglines import lines
 from tests.support.proof import count, rows
@@ -81,17 +80,16 @@ def test_prune(verb: Verb, fed: str, monkeypatch: pytest.MonkeyPatch, batch_rows
     assert records(fed) == LEFT
 
 
-def test_the_owner_may_and_the_daemon_may_not(verb: Verb, fed: str) -> None:
-    with database.daemon_role(fed) as daemon:
-        verb.environment(DATABASE_URL=daemon)
-        verb("prune", *REASON, code=2)
-        assert "MIGRATE_DATABASE_URL" in verb.stderr
-        assert verb.json("prune", *REASON, "--dry-run")["records"] == 6
-        assert (len(records(fed)), count(fed, "prunes")) == (14, 0)
-        verb.environment(MIGRATE_DATABASE_URL=fed)
-        assert verb.json("prune", *REASON)["records"] == 6
-        with psycopg.connect(daemon) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
-            connection.execute("delete from billing.prunes")
+def test_the_owner_may_and_the_daemon_may_not(verb: Verb, fed: str, daemon_dsn: str) -> None:
+    verb.environment(DATABASE_URL=daemon_dsn)
+    verb("prune", *REASON, code=2)
+    assert "MIGRATE_DATABASE_URL" in verb.stderr
+    assert verb.json("prune", *REASON, "--dry-run")["records"] == 6
+    assert (len(records(fed)), count(fed, "prunes")) == (14, 0)
+    verb.environment(MIGRATE_DATABASE_URL=fed)
+    assert verb.json("prune", *REASON)["records"] == 6
+    with psycopg.connect(daemon_dsn) as connection, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        connection.execute("delete from billing.prunes")
 
 
 def test_a_line_that_is_just_being_committed_keeps_its_records(fed: str) -> None:

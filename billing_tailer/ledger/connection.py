@@ -187,6 +187,13 @@ def _missing(connection: Connection, schema: str) -> list[Migration]:
     return [migration for migration in ours.values() if migration.version not in applied]
 
 
+def may_change_money(connection: Connection, schema: str) -> bool:
+    """Whether our role may change or delete receipts, their details or adjustments, or may become the role that can."""
+    with wrapped():
+        row = connection.execute(query("may_change_money"), {"schema": schema}).fetchone()
+    return row == (True,)
+
+
 def query(name: str) -> LiteralString:
     """A named statement of queries.sql."""
     return QUERIES[name]

@@ -9,6 +9,7 @@ from psycopg.rows import dict_row
 from billing_tailer.ledger.connection import (
     Connection,
     connect,
+    may_change_money,
     query,
     require_schema,
     require_usage,
@@ -76,13 +77,15 @@ def reports(dsn: str, schema: str, source_id: str) -> Iterator[Reports]:
 
 
 def probe(dsn: str, schema: str) -> dict[str, Any]:
-    """What `check` wants to know of a database: server version, schema version, role, missing grants."""
+    """What `check` wants to know of a database: server version, schema version, role, missing grants, and whether
+    receipts are append-only for the role."""
     with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
         require_usage(connection, schema)
         with connection.cursor(row_factory=dict_row) as cursor:
             facts = cursor.execute(query("probe"), {"schema": schema}).fetchone()
         assert facts is not None
-        return {**facts, "schema_version": schema_version(connection)}
+        append_only = not may_change_money(connection, schema)
+        return {**facts, "append_only": append_only, "schema_version": schema_version(connection)}
 
 
 def models_seen(dsn: str, schema: str) -> set[str]:

@@ -25,7 +25,15 @@ from tenacity import RetryError, Retrying, retry_if_exception_type, wait_exponen
 
 from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, TailerError
 from billing_tailer.ledger import settlement
-from billing_tailer.ledger.connection import Connection, connect, lock_key, query, require_schema, wrapped
+from billing_tailer.ledger.connection import (
+    Connection,
+    connect,
+    lock_key,
+    may_change_money,
+    query,
+    require_schema,
+    wrapped,
+)
 from billing_tailer.ledger.records import insert_records, record_key
 from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
 from billing_tailer.model import (
@@ -249,6 +257,10 @@ class Ledger:
         if connection is not None:
             with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
                 twin.shutdown(socket.SHUT_RDWR)
+
+    def may_change_money(self) -> bool:
+        """Whether receipts are not append-only for our role."""
+        return may_change_money(self._session, self._schema)
 
     # --- positions
 

@@ -206,12 +206,16 @@ where l.locktype = 'advisory' and l.granted and a.application_name = left(%(appl
 -- name: may_not_use_schema
 select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_regnamespace(%(schema)s), 'USAGE')
 
+-- name: may_change_money
+-- By a grant, or because it may become the tables' owner, who could grant it to itself.
+select coalesce(bool_or(has_any_column_privilege(t.oid, 'UPDATE') or has_table_privilege(t.oid, 'DELETE')
+                        or has_table_privilege(t.oid, 'TRUNCATE') or pg_has_role(t.relowner, 'MEMBER')), false)
+from pg_class t where t.relnamespace = to_regnamespace(%(schema)s)
+  and t.relname in ('charge_receipts', 'llm_charge_details', 'charge_adjustments')
+
 -- name: probe
 select current_setting('server_version') as server_version, current_user::text as role,
        extract(epoch from now())::float8 as server_time,
-       (select coalesce(bool_or(has_table_privilege(t.oid, 'UPDATE') or has_table_privilege(t.oid, 'DELETE')), false)
-        from pg_class t where t.relnamespace = to_regnamespace(%(schema)s)
-          and t.relname in ('charge_receipts', 'llm_charge_details', 'charge_adjustments')) as may_change_money,
        (select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}')
         from pg_class t
         cross join unnest(case t.relname
