@@ -28,7 +28,7 @@ from billing_tailer.events import Events, configure_logging
 from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
-from billing_tailer.ledger import Ledger, LedgerState, Reads, migrate
+from billing_tailer.ledger import Ledger, LedgerState, Reads, listening, migrate
 from billing_tailer.litellm import SpendLogs
 from billing_tailer.model import Corrections
 from billing_tailer.poller import Poller
@@ -159,6 +159,8 @@ def run(settings: Settings) -> int:
                 _spooling(spool, ending),
                 _database(settings, ending, events) as dsn,
                 reads.of(dsn),
+                listening(dsn, settings.db_schema, waiters.notify) as hears,
+                ending.watching("the thread that hears of operators", hears),
                 closing(waiters),
             ):
                 _follow(settings, dsn, files, spool, events, health, ending, wake, reads, waiters.notify)

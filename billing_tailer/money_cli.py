@@ -425,7 +425,7 @@ def _spend_logs(settings: Settings) -> Iterator[SpendLogs | None]:
 def prune_(reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Remove spend records of calls without an audit line, 30 days after they came. Needs the owner's DSN."""
     settings = load()
-    person, why = _person(by), _said("--reason", reason)
+    person, why = person_named(by), said("--reason", reason)
     with _owner_dsn(settings) as dsn:
         pruned = prune(dsn, settings.db_schema, reason=why, person=person, dry_run=dry_run)
     answer = plain({"applied": not dry_run, **asdict(pruned)})

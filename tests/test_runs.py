@@ -17,7 +17,7 @@ import httpx
 import psycopg
 import pytest
 
-from billing_tailer.ledger import Reads, RunStatus
+from billing_tailer.ledger import Reads, RunStatus, listening
 from billing_tailer.settler import Settler
 from billing_tailer.spend import slim
 from billing_tailer.web import HttpServer
@@ -30,6 +30,7 @@ from tests.support.loglines import line
 from tests.support.proof import rows
 from tests.support.proxy import PostgresProxy
 from tests.support.run_client import run_bill
+from tests.support.verbs import Verb
 
 PAYLOADS = Path(__file__).parent / "data" / "payloads"
 TOKEN = "a-token-of-the-application"
@@ -384,6 +385,28 @@ def test_commits_of_other_processes_are_seen_later(dsn: str, tmp_path: Path) -> 
             )
         thread.join(10)
         assert answers[0][1]["complete"] is True
+
+
+def test_an_operators_decision_wakes_who_waits(dsn: str, tmp_path: Path, verb: Verb) -> None:
+    """Also when the connection that hears of it was cut, once there is a new one."""
+    hearing = "select pid from pg_stat_activity where application_name = 'billing_tailer news' and state = 'idle'"
+    hearing += " and datname = current_database()"
+    with bench(dsn, tmp_path, recheck_seconds=60) as api, listening(dsn, "billing", api.waiters.notify) as hears:
+        prepare(api, dsn, HELD, UNATTRIBUTED)
+        releases = {HELD: ("--cost-usd", "0.5"), UNATTRIBUTED: ("--account", "account-9")}
+        for number, says in releases.items():
+            wait_for(lambda: rows(dsn, hearing) != [])
+            thread, answers = in_thread(partial(api.ask, call_id=call_id(number), wait_seconds=30))
+            wait_for(lambda: api.waiters._waiting == 1)
+            verb("exceptions", "release", call_id(number), "--reason", "r", *says)
+            told = time.monotonic()
+            thread.join(10)
+            assert answers[0][1]["complete"] is True
+            assert answers[0][0] - told < 2
+            (session,) = rows(dsn, hearing)
+            rows(dsn, "select pg_terminate_backend(%s, 5000)", session["pid"])
+        assert hears()
+    assert not hears()
 
 
 def test_a_client_that_leaves_waits_no_more(api: Bench) -> None:

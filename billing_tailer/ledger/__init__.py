@@ -1,6 +1,7 @@
 """Postgres: the only room that knows SQL and psycopg."""
 
 from billing_tailer.ledger.connection import migrate, reason_of
+from billing_tailer.ledger.news import listening
 from billing_tailer.ledger.operator import Operator, Told, operator
 from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
 from billing_tailer.ledger.pruning import Pruned, prune
@@ -33,6 +34,7 @@ __all__ = [
     "Unaudited",
     "Waiting",
     "Window",
+    "listening",
     "migrate",
     "migrations",
     "models_seen",

@@ -17,6 +17,7 @@ from billing_tailer.errors import Overlap, TailerError
 from billing_tailer.ledger import settlement
 from billing_tailer.ledger.connection import Connection, connect, query, require_schema, wrapped
 from billing_tailer.ledger.letters import decide_letter
+from billing_tailer.ledger.news import announce
 from billing_tailer.ledger.runs import WINDOW_COUNTS
 from billing_tailer.model import PlacedFact, PlacedRecord, SkipReason
 from billing_tailer.settle import CallState, Decision
@@ -140,9 +141,12 @@ class Operator:
         return calls[0] if calls else None
 
     def write(self, call_id: str, decision: Decision) -> None:
-        """Write what was decided; a settled call leaves the list of unsettled ones. Within `deciding`."""
+        """Write what was decided, and tell who waits for the run; a settled call leaves the list of unsettled ones.
+        Within `deciding`."""
         # nothing counts as looked at: a record that comes at this moment must be looked at by the settler
         settlement.write(self._connection, {call_id: decision})
+        with wrapped():
+            announce(self._connection, self._schema, call_id)
 
     def give_up(self, call_id: str) -> None:
         """Take a call that will not be charged off the list of unsettled ones. A later record brings it back."""

@@ -1,12 +1,13 @@
 """Clients that wait for a run, woken by the commit that touched it.
 
-`notify` is called by the loop after its commits, from its own thread, and costs it a look into a dictionary. All else
-happens on the event loop: a run that was touched is asked for once, for all that wait for it, and a run that was
-touched meanwhile once more. A waiting client is a future and nothing else: no thread, no query while nothing happens.
+`notify` is called by the loop after its commits, and by the thread that hears of operators' verbs, and costs them a
+look into a dictionary. All else happens on the event loop: a run that was touched is asked for once, for all that wait
+for it, and a run that was touched meanwhile once more. A waiting client is a future and nothing else: no thread, no
+query while nothing happens.
 
 A look answers those alone who waited before it began, so that nobody is told of a moment before his question. Commits
-of other processes (an operator's verb, the tailer of another volume) are not announced here: each run that is waited
-for is looked at again after `recheck_seconds` (tests/test_runs.py).
+of the tailers of other volumes are not announced here, and a verb's may be missed: each run that is waited for is
+looked at again after `recheck_seconds` (tests/test_runs.py).
 """
 
 import asyncio

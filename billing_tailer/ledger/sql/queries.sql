@@ -338,6 +338,9 @@ from (select s.call_id, exists (select from skipped_calls k where k.call_id = s.
       where s.received_at > %(after)s and s.received_at <= %(to)s
         and not exists (select from usage_facts f where f.call_id = s.call_id)) unaudited
 
+-- name: announce
+select pg_notify(%(channel)s, run_id) from usage_facts where call_id = %(call_id)s and run_id is not null
+
 -- name: may_prune
 select has_table_privilege('spend_records', 'DELETE') as may_delete, now() - make_interval(days => %(days)s) as before
 
