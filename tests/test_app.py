@@ -162,14 +162,19 @@ def test_the_start_migrates_where_the_owner_is_known(empty_dsn: str, volume: Pat
 
 
 def test_by_header_without_any_other_source(dsn: str, daemon_dsn: str, volume: Path, daemon_log: Path) -> None:
-    """What that gets wrong is said at every start, as is a role that may change receipts."""
-    for role, starts in ((daemon_dsn, 0), (dsn, 1)):
-        with Daemon(variables(role, volume, COST_SOURCE="header"), daemon_log) as daemon:
-            daemon.wait_until(lambda: count(dsn, "charge_receipts") == 10)
+    """What that gets wrong is said at every start, as is a role that may change receipts. The second process finds the
+    calls of the closed window captured."""
+    append(volume, line(10, msec=f"{time.time() - 300:.3f}"))
+    settings = {"COST_SOURCE": "header", "SETTLE_DEADLINE_SECONDS": "1"}
+    for role, said in ((daemon_dsn, 0), (dsn, 1)):
+        with Daemon(variables(role, volume, **settings), daemon_log) as daemon:
+            daemon.wait_until(lambda: count(dsn, "charge_receipts") == 11)
             daemon.wait_for_event("owner")
             assert "streams" in daemon.wait_for_event("cost_source.header")["message"]
-            assert len(list(daemon.events("receipts.not_append_only"))) == starts
+            assert len(list(daemon.events("receipts.not_append_only"))) == said
             assert list(daemon.events("cost_source.missing")) == []
+            if role == dsn:
+                daemon.wait_until(lambda: daemon.metric("billing_tailer_capture_ratio") == 1)
             assert daemon.terminate() == 0
 
 

@@ -18,7 +18,7 @@ from billing_tailer.health import LIVE_SECONDS_MAX, Health
 from billing_tailer.model import FileState, Position
 from billing_tailer.web import HttpServer
 
-BASE_UNITS = ("_seconds", "_bytes", "_info", "_total")
+BASE_UNITS = ("_seconds", "_bytes", "_info", "_total", "_ratio")
 UNITLESS = {
     "billing_tailer_files",
     "billing_tailer_active",
