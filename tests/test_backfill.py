@@ -14,9 +14,8 @@ from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.spendlines import payload
 from tests.support.verbs import Verb, run_verb
-from tests.test_money_cli import call, log, settle, spool, sweep, verb
+from tests.test_money_cli import call, settle, spool, sweep
 
-__all__ = ["log", "verb"]
 WHY = ("--reason", "before the tailer")
 
 

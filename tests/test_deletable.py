@@ -13,10 +13,8 @@ from billing_tailer import cli
 from tests.support.loglines import line, lines
 from tests.support.spendlines import payload, spool_line
 from tests.support.verbs import Verb
-from tests.test_money_cli import log, settle
+from tests.test_money_cli import settle
 from tests.test_verify import execute
-
-__all__ = ["log"]
 
 
 def at_rest(*paths: Path | str) -> None:

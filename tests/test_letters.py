@@ -11,9 +11,8 @@ from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.spendlines import payload, spool_line
 from tests.support.verbs import Verb, run_verb
-from tests.test_money_cli import call, log, settle, verb
+from tests.test_money_cli import call, settle
 
-__all__ = ["log", "verb"]
 LIMIT = 1 << 16  # of the rig
 RETRY = ("dead-letters", "retry")
 

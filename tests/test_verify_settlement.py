@@ -11,9 +11,8 @@ from billing_tailer.settle import Rules
 from tests.support.loglines import line, lines
 from tests.support.spendlines import failure, payload
 from tests.support.verbs import Verb
-from tests.test_money_cli import call, log, settle, verb
+from tests.test_money_cli import call, settle
 
-__all__ = ["log", "verb"]
 DEAR = Rules(markup=Decimal("1.2"))
 
 
