@@ -46,6 +46,8 @@ class PostgresProxy:
         self._threads: list[threading.Thread] = []
         self.port = 0
         self.accepted = 0
+        self.on_request: Callable[[bytes], bool] = lambda _: True
+        """Called with bytes from a client before they go to the server; False breaks that connection instead."""
         self._listen()
         self.dsn = make_conninfo(target_dsn, host="127.0.0.1", port=self.port, sslmode="disable", gssencmode="disable")
 
@@ -159,6 +161,8 @@ class PostgresProxy:
                 while self._mode in holding and self._is_open(source) and not self._closed.wait(TICK_SECONDS / 5):
                     pass
                 if not data or not self._is_open(source):
+                    break
+                if held_by is Mode.STALL and not self.on_request(data):
                     break
                 _send_all(sink, data)
         except OSError:

@@ -1,0 +1,205 @@
+"""A hypothesis state machine over file actions, turns of the loop, deaths and database failures, against an oracle.
+
+The loop is turned by hand in this process, so that a file action can be placed between any two file calls of a turn,
+and a failure before or after any round trip to Postgres.
+"""
+
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import psycopg
+from hypothesis import HealthCheck, Phase, event, seed, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from tests.support.follow import Rig, following
+from tests.torture.scenario import State
+from tests.torture.steps import Steps
+from tests.torture.table import Tally
+from tests.torture.world import DELETED_FILES_ARE_RELEASED, Judgement, World, actions
+
+SCENARIO: Final = "model: files against an oracle"
+ACTIONS: Final = tuple(actions())
+PICKS: Final = st.integers(0, 15)
+SIZES: Final = st.integers(0, 2000)
+STEPS_PER_EXAMPLE: Final = 30
+
+
+class _Killed(BaseException):
+    """kill -9, as far as one process can do it to itself: nothing of the tailer runs after this."""
+
+
+class Files(RuleBasedStateMachine):
+    """One example: a directory, an empty database, a tailer now and then."""
+
+    dsn: ClassVar[str]
+    state: ClassVar[State]
+    directory: ClassVar[Path]
+    examples: ClassVar[int]
+    judgement: ClassVar[Judgement]
+    """Of the last example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state.empty()
+        self._volume = Path(tempfile.mkdtemp(prefix="model-", dir=self.directory))
+        self.world = World(self._volume)
+        self._stack = ExitStack()
+        self._rig: Rig | None = None
+        type(self).examples += 1
+
+    def teardown(self) -> None:
+        """The last word: a sound tailer reads through, and the oracle judges."""
+        try:
+            self._stop()
+            with following(self.dsn, self._volume) as rig:
+                rig.turn()
+                rig.tailer._committer.shutdown()
+                self.world.read_through()
+                type(self).judgement = judgement = self.world.judge(self.dsn, rig.health.reasons())
+            for word in judgement.words:
+                event(word.split(" ", 1)[0])
+            assert judgement.clean, "\n".join(judgement.words)
+        finally:
+            self._stop()
+            self.world.close()
+            shutil.rmtree(self._volume)
+
+    # --- files
+
+    @rule(action=st.sampled_from(ACTIONS), pick=PICKS, size=SIZES)
+    def act(self, action: str, pick: int, size: int) -> None:
+        """Something happens to the files between two turns."""
+        getattr(self.world, action)(pick, size)
+
+    @rule(pick=PICKS, size=SIZES)
+    def append(self, pick: int, size: int) -> None:
+        """What happens most."""
+        self.world.append(pick, size)
+
+    # --- the tailer
+
+    @rule(batch_lines_max=st.sampled_from((3, 20, 1000)))
+    @precondition(lambda self: self._rig is None)
+    def start(self, batch_lines_max: int) -> None:
+        """It starts, and reads through."""
+        self._rig = self._stack.enter_context(
+            following(self.dsn, self._volume, batch_lines_max=batch_lines_max, open_files_max=_open_files_max())
+        )
+        self.world.read_through()
+
+    @rule()
+    @precondition(lambda self: self._rig is not None)
+    def kill(self) -> None:
+        """Between two turns."""
+        self._stop()
+
+    @rule(turns=st.integers(1, 4), scan=st.booleans())
+    @precondition(lambda self: self._rig is not None)
+    def turn(self, turns: int, scan: bool) -> None:
+        """Some turns of the loop, undisturbed. scan: it is time to look at the directories."""
+        assert self._rig is not None
+        for _ in range(turns):
+            if scan:
+                self._rig.follower.scan_soon()
+            self._rig.tailer._turn()
+        if scan:
+            self.world.looked()
+
+    @rule()
+    @precondition(lambda self: self._rig is not None)
+    def read_through(self) -> None:
+        """Until there is nothing more to do."""
+        assert self._rig is not None
+        self._rig.turn()
+        self.world.read_through()
+
+    @rule(at=st.integers(0, 60), action=st.sampled_from(ACTIONS), pick=PICKS, size=SIZES, turns=st.integers(1, 3))
+    @precondition(lambda self: self._rig is not None)
+    def turn_with_action(self, at: int, action: str, pick: int, size: int, turns: int) -> None:
+        """Something happens to the files between two file calls of the loop."""
+        self._disturbed(turns, at, lambda: getattr(self.world, action)(pick, size), sql=False, before=True)
+
+    @rule(at=st.integers(0, 30), arrives=st.booleans())
+    @precondition(lambda self: self._rig is not None)
+    def turn_with_failure(self, at: int, arrives: bool) -> None:
+        """The database fails: before a request reaches it, or after it was carried out, with the answer lost."""
+
+        def fail() -> None:
+            raise psycopg.OperationalError("the connection is lost")
+
+        self._disturbed(2, at, fail, sql=True, before=not arrives)
+
+    @rule(at=st.integers(0, 60), sql=st.booleans())
+    @precondition(lambda self: self._rig is not None)
+    def turn_with_kill(self, at: int, sql: bool) -> None:
+        """It dies within a turn."""
+
+        def die() -> None:
+            raise _Killed
+
+        self._disturbed(2, at, die, sql=sql, before=True)
+
+    def _disturbed(self, turns: int, at: int, disturb: Callable[[], None], *, sql: bool, before: bool) -> None:
+        assert self._rig is not None
+        steps = 0
+
+        def hook(step: str, done: bool) -> None:
+            nonlocal steps
+            if done is before or not (sql or threading.current_thread() is threading.main_thread()):
+                return  # file calls are made by the main thread alone; two threads would come in any order
+            steps += 1
+            if steps == at + 1:
+                disturb()
+
+        with Steps(hook, sql=sql, files=not sql):
+            try:
+                for _ in range(turns):
+                    self._rig.follower.scan_soon()
+                    self._rig.tailer._turn()
+            except _Killed:
+                self._stop()
+
+    def _stop(self) -> None:
+        """Its connection ends, whatever it was doing; nothing is written any more."""
+        rig, self._rig = self._rig, None
+        if rig is not None:
+            rig.tailer._committer.shutdown()
+        self._stack.close()
+
+
+def _open_files_max() -> int:
+    return 4 if DELETED_FILES_ARE_RELEASED else 256
+
+
+def model(dsn: str, directory: Path, *, examples: int, seed_number: int | None = None) -> Tally:
+    """So many examples at least, in one database. seed_number: None: the same ones every time."""
+    tally = Tally(SCENARIO)
+    Files.dsn, Files.directory, Files.examples, Files.judgement = dsn, directory, 0, Judgement()
+    Files.state = State(dsn)
+    profile = settings(
+        max_examples=examples,
+        stateful_step_count=STEPS_PER_EXAMPLE,
+        deadline=None,
+        database=None,
+        derandomize=seed_number is None,
+        suppress_health_check=list(HealthCheck),
+        phases=(Phase.generate, Phase.shrink),
+        print_blob=False,
+    )
+    machine: Any = Files if seed_number is None else seed(seed_number)(Files)
+    try:
+        run_state_machine_as_test(machine, settings=profile)
+    except AssertionError as error:
+        found = Files.judgement
+        tally.lost, tally.doubled, tally.undeclared = found.lost, found.doubled, found.undeclared
+        tally.problems.append("\n".join([*map(str, error.args), *getattr(error, "__notes__", ())]))
+    finally:
+        Files.state.close()
+    tally.runs = Files.examples
+    return tally
