@@ -2,6 +2,7 @@
 # make test   sets everything up and runs every check and every test
 # make check  format, lint, types, import contracts, docs tests
 # make e2e    only the end-to-end tests          make bench  speed, latency and memory, as ratios
+# make torture  kills, cuts and file accidents at length: TORTURE_RUNS=10000 (deaths), TORTURE_SEED=n to see one again
 # make lock   resolves the dependencies anew (needs uv)
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := test
-.PHONY: setup run check test e2e bench lock
+.PHONY: setup run check test e2e bench torture lock
 
 setup: $(STAMP)
 
@@ -41,6 +42,9 @@ e2e: setup
 
 bench: setup
 	$(BIN)/python -m tests.bench
+
+torture: setup
+	$(BIN)/python -m tests.torture
 
 # No set-up first: this is what repairs a lock that cannot be installed.
 lock:

@@ -16,6 +16,7 @@ import pytest
 from billing_tailer.embedded import EmbeddedPostgres
 from tests.support import database
 from tests.support.verbs import Verb
+from tests.torture.table import TALLIES, table
 
 
 @pytest.fixture(scope="session")
@@ -112,6 +113,13 @@ def pytest_runtest_makereport(
             f"BILLING_TAILER_TEST_REQUIRE_E2E=1, but {item.nodeid} was skipped: {_reason(report.longrepr)}"
         )
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was tortured (tests/torture), as the table that `make torture` prints."""
+    if TALLIES:
+        terminalreporter.section("torture")
+        terminalreporter.write_line(table(TALLIES))
 
 
 def _reason(longrepr: Any) -> str:

@@ -26,6 +26,7 @@ from tests.torture.world import DELETED_FILES_ARE_RELEASED, Judgement, World, ac
 
 SCENARIO: Final = "model: files against an oracle"
 ACTIONS: Final = tuple(actions())
+CUTS: Final = ("truncate", "truncate_to_the_middle", "regrow", "recreate", "replace", "delete")
 PICKS: Final = st.integers(0, 15)
 SIZES: Final = st.integers(0, 2000)
 STEPS_PER_EXAMPLE: Final = 30
@@ -83,6 +84,13 @@ class Files(RuleBasedStateMachine):
     def append(self, pick: int, size: int) -> None:
         """What happens most."""
         self.world.append(pick, size)
+
+    @rule(cut=st.sampled_from(CUTS), pick=PICKS, size=SIZES)
+    def cut_with_bytes_unread(self, cut: str, pick: int, size: int) -> None:
+        """Half a line stands where a tailer has seen it, and is destroyed."""
+        self.world.half(pick, size)
+        self.read_through()
+        getattr(self.world, cut)(pick, size)
 
     # --- the tailer
 

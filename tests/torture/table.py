@@ -35,6 +35,10 @@ class Tally:
         self.problems += other.problems
 
 
+TALLIES: list[Tally] = []
+"""Of this pytest session, for the summary at its end."""
+
+
 def table(tallies: Sequence[Tally]) -> str:
     """The table as text, with the problems below it."""
     header = ("scenario", "runs", "lost", "doubled", "undeclared", "peak RSS MB", "")
