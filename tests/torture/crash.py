@@ -214,18 +214,18 @@ def _side_by_side(admin_dsn: str, template: str, jobs: Sequence[tuple[Path, dict
         assert lane.stdin is not None
         lane.stdin.write(json.dumps(job).encode())
         lane.stdin.close()
+        lane.stdin = None  # or communicate() would flush it
         lanes.append(lane)
     answers = []
     try:
         for lane in lanes:
-            assert lane.stdout is not None
-            answer = lane.stdout.read()
-            assert lane.wait() == 0, f"a lane ended with code {lane.returncode}"
+            answer, _ = lane.communicate()
+            assert lane.returncode == 0, f"a lane ended with code {lane.returncode}"
             answers.append(json.loads(answer))
     finally:
         for lane in lanes:
             lane.kill()
-            lane.wait()
+            lane.communicate()
     return answers
 
 

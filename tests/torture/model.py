@@ -18,6 +18,8 @@ from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
+from billing_tailer.errors import TailerError
+from billing_tailer.ledger import LedgerState
 from tests.support.follow import Rig, following
 from tests.torture.scenario import State
 from tests.torture.steps import Steps
@@ -133,7 +135,10 @@ class Files(RuleBasedStateMachine):
     @rule()
     def read_through(self) -> None:
         """Until there is nothing more to do."""
-        self._running.turn()
+        rig = self._running
+        while rig.ledger.state is not LedgerState.ACTIVE:
+            rig.tailer._turn()
+        rig.turn()
         self.world.read_through()
 
     @rule(at=st.integers(0, 60), action=st.sampled_from(ACTIONS), pick=PICKS, size=SIZES, turns=st.integers(1, 3))
@@ -216,10 +221,10 @@ def model(dsn: str, directory: Path, *, examples: int, seed_number: int | None, 
     machine: Any = Files if seed_number is None else seed(seed_number)(Files)
     try:
         run_state_machine_as_test(machine, settings=profile)
-    except AssertionError as error:
+    except (AssertionError, TailerError, psycopg.Error) as error:
         found = Files.judgement
         tally.lost, tally.doubled, tally.undeclared = found.lost, found.doubled, found.undeclared
-        tally.problems.append("\n".join([*map(str, error.args), *getattr(error, "__notes__", ())]))
+        tally.problems.append("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
     finally:
         Files.state.close()
     tally.runs = Files.examples

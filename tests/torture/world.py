@@ -221,6 +221,9 @@ class World:
         node = self.nodes[name]
         if name == CURRENT or len(node.names) > 1:
             return
+        if pick % 4 == 0:  # nobody has read this when it goes
+            self._write(node, node.rest + self._lines(1 + size % 3, size))
+            node.rest = b""
         compressed = self.directory / f"{name}.gz"
         compressed.write_bytes(gzip.compress(node.content.data))
         self.must |= calls_in(node.content.data)
