@@ -30,7 +30,9 @@ DELETED_FILES_ARE_RELEASED: Final = False
 
 CURRENT: Final = "audit.jsonl"
 _CALL: Final = re.compile(rb'"litellm_call_id":"(call-\d+)"')
-_LINE: Final = re.compile(rb'^\x00*\{"msec":(?:(?!"msec":).)*"litellm_call_id":"(call-\d+)".*\}$', re.MULTILINE)
+_LINE: Final = re.compile(
+    rb'^\x00*\{"msec":(?:(?!"msec":).)*"litellm_call_id":"(call-\d+)"(?:(?!"msec":).)*\}$', re.MULTILINE
+)
 """A sound one: what follows a cut in its line is a dead letter."""
 
 
