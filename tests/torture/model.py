@@ -65,7 +65,7 @@ class Files(RuleBasedStateMachine):
             with following(self.dsn, self._volume) as rig:
                 rig.turn()
                 rig.tailer._committer.shutdown()
-                self.world.read_through()
+                self.world.read_through(rig.follower.positions.values())
                 type(self).judgement = judgement = self.world.judge(self.dsn, rig.health.reasons())
             for word in judgement.words:
                 event(word.split(" ", 1)[0])
@@ -108,7 +108,7 @@ class Files(RuleBasedStateMachine):
         self._rig = rig = self._stack.enter_context(
             following(self.dsn, self._volume, batch_lines_max=batch_lines_max, open_files_max=_open_files_max())
         )
-        self.world.read_through()
+        self.world.read_through(rig.follower.positions.values())
         return rig
 
     @property
@@ -139,7 +139,7 @@ class Files(RuleBasedStateMachine):
         while rig.ledger.state is not LedgerState.ACTIVE:
             rig.tailer._turn()
         rig.turn()
-        self.world.read_through()
+        self.world.read_through(rig.follower.positions.values())
 
     @rule(at=st.integers(0, 60), action=st.sampled_from(ACTIONS), pick=PICKS, size=SIZES, turns=st.integers(1, 3))
     def turn_with_action(self, at: int, action: str, pick: int, size: int, turns: int) -> None:

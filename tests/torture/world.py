@@ -9,11 +9,12 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from billing_tailer.model import BlockReason, FileState, Position
 from tests.support.loglines import line
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -238,11 +239,16 @@ class World:
         for node in self.nodes.values():
             node.content.seen = len(node.content.data)
 
-    def read_through(self) -> None:
-        """A tailer has had all the time it wanted: what stands there now must have been read."""
+    def read_through(self, positions: Iterable[Position]) -> None:
+        """A tailer has had all the time it wanted: what stands there now must have been read, unless it is blocked."""
         self.looked()
+        blocked = [position for position in positions if position.state is FileState.BLOCKED]
+        if any(position.blocked_reason is BlockReason.AMBIGUOUS for position in blocked):
+            return  # whichever of the files it is
+        inodes = {position.inode for position in blocked}
         for node in self.nodes.values():
-            self.must |= calls_in(node.content.data)
+            if node.content.inode not in inodes:
+                self.must |= calls_in(node.content.data)
 
     def judge(self, dsn: str, reasons: dict[str, list[str]]) -> Judgement:
         """Of a tailer that has read through. reasons: what it says of itself on /readyz."""
