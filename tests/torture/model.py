@@ -94,6 +94,13 @@ class Files(RuleBasedStateMachine):
         self.read_through()
         getattr(self.world, cut)(pick, size)
 
+    @rule(actions=st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=4), pick=PICKS, size=SIZES)
+    def act_while_nobody_looks(self, actions: list[str], pick: int, size: int) -> None:
+        """Several things happen to the files while no tailer runs, so that no descriptor is held."""
+        self._stop()
+        for action in actions:
+            getattr(self.world, action)(pick, size)
+
     # --- the tailer
 
     @rule(batch_lines_max=st.sampled_from((3, 20, 1000)))
