@@ -244,9 +244,6 @@ def _follow(
     def is_spool(path: str) -> bool:
         return in_spool is not None and path.startswith(in_spool)
 
-    audit_line = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
-    spool_line = partial(parse_spool_line, cost_max=settings.cost_max_usd)
-    limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
     at_end = settings.start_at == "end"
     follower = Follower(files, ledger, events, health, start_at_end=at_end, is_spool=is_spool)
 
@@ -265,7 +262,7 @@ def _follow(
             files=files,
             ledger=ledger,
             follower=follower,
-            reader=Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits),
+            reader=_reader(settings, files, is_spool),
             wake=wake,
             events=events,
             health=health,
@@ -292,6 +289,13 @@ def _follow(
             tailer.run()
         finally:
             ledger.close()
+
+
+def _reader(settings: Settings, files: LogFiles, is_spool: Callable[[str], bool]) -> Reader:
+    audit_line = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
+    spool_line = partial(parse_spool_line, cost_max=settings.cost_max_usd)
+    limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
+    return Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits)
 
 
 def rules(settings: Settings) -> Rules:

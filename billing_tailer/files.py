@@ -30,10 +30,12 @@ COMPRESSED = (b".bz2", b".xz", b".zst")
 """Never text, and not read."""
 ARCHIVE_SLICE_SECONDS = 0.008
 """So long at a time gzip files are read through, beside the live log."""
+ARCHIVE_SETTLED_SECONDS = 2.0
+"""A gzip file that has not changed for so long is finished."""
 ARCHIVE_RETRY_SECONDS = 5.0
 SKIP_BYTES_MAX = 8 << 20
 """So much of a gzip file is read again, at a time, to come to where reading goes on."""
-COMPARED_BYTES = 256 << 10
+COMPARED_BYTES = 1 << 20
 TAIL_BYTES = 64 << 10
 """Step of the backward search for a newline."""
 
@@ -194,13 +196,13 @@ class LogFiles:
             position = committed(locator) if archive.is_unknown() else None
             if position is not None:
                 archive.trust(self._raw(file), position)
-            if archive.ready:
+            if archive.ready and archive.size:
                 found[locator] = replace(file, size=archive.size)
                 continue
-            del found[locator]
+            del found[locator]  # also one without any content, by which it could be known
             if archive.broken:
                 broken.append(f"{file.path}: {archive.broken}")
-            else:
+            elif not archive.ready:
                 unknown += 1
         self._archives = archives
         return tuple(broken), unknown
@@ -218,7 +220,7 @@ class LogFiles:
         wanted: the offsets of the generations with a head, at which they will be compared.
         """
         # one that is being written changes all the time
-        settled_ns = (time.time() - SETTLED_SECONDS) * 1e9
+        settled_ns = (time.time() - ARCHIVE_SETTLED_SECONDS) * 1e9
         until = time.monotonic() + ARCHIVE_SLICE_SECONDS
         for file, archive in self._archives.values():
             if not archive.is_unknown() or max(file.mtime_ns, file.ctime_ns) > settled_ns:
@@ -316,18 +318,31 @@ class LogFiles:
         except OSError:
             return b""
 
-    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool:
-        """Whether two files that agree with a position go on alike, to the end of the first."""
+    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool | None:
+        """Whether two files that agree with a position go on alike, to the end of the first; None where they do as far
+        as could be looked, which is COMPARED_BYTES at most."""
         try:
-            at, end = position.committed_offset, self.size(one)
-            while at < end:
-                part = self.read_at(one, at, min(COMPARED_BYTES, end - at))
-                if not part or self.read_at(other, at, len(part)) != part:
-                    return False
-                at += len(part)
+            at, size = position.committed_offset, self.size(one)
+            if at >= size:
+                return True
+            if one.compressed:  # it would have to be read from its beginning
+                return False if size > self.size(other) else None
+            part = self.read_at(one, at, min(COMPARED_BYTES, size - at))
+            if self.read_at(other, at, len(part)) != part:
+                return False
+        except OSError:
+            return None
+        return True if at + len(part) >= size else None
+
+    def is_prefix(self, one: SeenFile, other: SeenFile) -> bool:
+        """Whether the end of a file stands at the same place in another, longer one."""
+        try:
+            size = self.size(one)
+            at = max(0, size - FRONTIER_BYTES_MAX)
+            end = self.read_at(one, at, size - at)
+            return bool(end) and self.read_at(other, at, len(end)) == end
         except OSError:
             return False
-        return True
 
     # --- reading
 

@@ -22,6 +22,8 @@ SCAN_SECONDS_MAX = 2.0
 LEISURE_SECONDS = 0.25
 SILENT_SECONDS = 10.0
 """A file that is gone from the directories and has not changed for so long has no writer, if another replaced it."""
+REPLACED_SECONDS = 600.0
+"""So long a file that another one replaced is still watched for a writer."""
 FINAL_SECONDS = 24 * 3600.0
 """A file that is gone from the directories and has not changed for so long will not change any more."""
 NEW_FILES_MAX = 1000
@@ -59,7 +61,7 @@ class Follower:
         self._start_at_end = start_at_end
         self._is_spool = is_spool
         self._next_scan = 0.0
-        self._last_scan = 0.0
+        self._at_leisure = 0.0
         self._gone: dict[tuple[int, int], _Gone] = {}
         self._replaced: dict[tuple[int, int], int] = {}
         self._unread_since: dict[int, float] = {}
@@ -87,21 +89,20 @@ class Follower:
     def scan_soon(self, *, at_leisure: bool = False) -> None:
         """Something about a file is not as expected: look again before anything else is read. at_leisure: what cannot
         be read may stay so for long; the other files are not to wait for a scan in every round."""
-        self._next_scan = min(self._next_scan, self._last_scan + LEISURE_SECONDS) if at_leisure else 0.0
+        self._next_scan = min(self._next_scan, self._at_leisure) if at_leisure else 0.0
 
     def scan_if_due(self) -> None:
         """Look at the directories and commit what changed. Raises PositionMoved, LedgerUnavailable."""
         started = time.monotonic()
         if started < self._next_scan:
             return
-        self._last_scan = started
         self._unreadable = []
         scan, matching = self._look(started)
         if scan.archives_unknown and self._begins_at_ends():
             waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
             self._health.say("files", [waiting])
             return
-        self._note_sizes(matching.kept | matching.matched)
+        self.note_sizes({file_id: file.size for file_id, file in (matching.kept | matching.matched).items()})
         silent = self._silent_for_a_day(matching, started)
         final = {i for i in silent if matching.kept[i].size <= self.positions[i].committed_offset}
         registered = self._apply(matching, final, complete=scan.complete)
@@ -119,8 +120,10 @@ class Follower:
         self._let_go(matching, started)
         self._report(scan, matching)
         self.registered = registered
-        pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (time.monotonic() - started))
-        self._next_scan = 0.0 if registered else time.monotonic() + pause
+        now = time.monotonic()
+        pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (now - started))
+        self._next_scan = 0.0 if registered else now + pause
+        self._at_leisure = now + max(LEISURE_SECONDS, pause)
 
     def _look(self, now: float) -> tuple[Scan, Matching]:
         """Scan and match. What would be ended is looked for a second time: a copy of it may be younger than the
@@ -208,16 +211,19 @@ class Follower:
         }
         too_many = len(since) - self._files.open_files_max // 2
         for number, locator in enumerate(sorted(since, key=since.__getitem__)):
-            if number < too_many or now - since[locator] >= FINAL_SECONDS:
+            patience = REPLACED_SECONDS if locator in self._replaced else FINAL_SECONDS
+            if number < too_many or now - since[locator] >= patience:
                 self._files.release(locator)
+        for file in matching.redundant:
+            self._files.release(file.locator)
 
-    def _note_sizes(self, found: Mapping[int, SeenFile]) -> None:
-        """Remember how far each generation went, in case it is truncated before it is read. Only where its content was
-        found: the size of what replaced it says nothing about it."""
-        for file_id, file in found.items():
+    def note_sizes(self, sizes: Mapping[int, int]) -> None:
+        """Remember how far each generation went, in case it is truncated before it is committed. Only where its content
+        was found: the size of what replaced it says nothing about it."""
+        for file_id, size in sizes.items():
             position = self.positions[file_id]
-            if file.size > position.size_seen:
-                self.positions[file_id] = replace(position, size_seen=file.size)
+            if size > position.size_seen:
+                self.positions[file_id] = replace(position, size_seen=size)
 
     def _apply(self, matching: Matching, final: Collection[int], *, complete: bool) -> bool:
         """Commit what the matching changes; True if files were registered."""
@@ -245,9 +251,11 @@ class Follower:
             return ()
         at_end = self._begins_at_ends()
         newest = {p.path: p for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
-        new = []
+        new: list[NewFile] = []
         # all at once where they begin at their ends: the next scan would find that the source has files
-        for file in seen if at_end else seen[:NEW_FILES_MAX]:
+        for file in seen:
+            if len(new) >= NEW_FILES_MAX and not at_end:
+                break
             self._tick()
             try:
                 skip = at_end and not self._is_spool(file.path)
@@ -299,9 +307,10 @@ class Follower:
         )
 
     def is_committed(self, path: bytes, size: int) -> bool:
-        """Whether every byte of a file of this size is committed."""
+        """Whether every byte of a file of this size is committed: of the newest generation at its path."""
         text = escape_path(path)
-        return any(p.path == text and p.committed_offset >= size for p in self.positions.values())
+        newest = max((p for p in self.positions.values() if p.path == text), key=lambda p: p.file_id, default=None)
+        return newest is not None and newest.committed_offset >= size
 
     def removed(self, paths: Sequence[bytes]) -> None:
         """Files that were removed because they are committed: their generations are final."""
@@ -330,10 +339,11 @@ class Follower:
                 return True
         return False
 
-    def show(self, now: float, *, waiting: bool) -> None:
-        """Refresh the gauges of files. now: seconds of the epoch. waiting: without a ledger, sizes come from a scan."""
+    def show(self, now: float, *, waiting: bool, standby: bool = False) -> None:
+        """Refresh the gauges of files. now: seconds of the epoch. waiting: without a ledger, sizes come from a scan.
+        standby: another tailer reads the files."""
         if waiting:
-            self._see_without_ledger()
+            self._see_without_ledger(hold=not standby)
         rows: dict[int, tuple[str, int, int]] = {}
         for file_id, file in self.followed.items():
             position = self.positions.get(file_id)
@@ -350,11 +360,11 @@ class Follower:
         self._events.oldest_uncommitted(min(self._unread_since.values(), default=None))
         self._events.files(self.positions, rows)
 
-    def _see_without_ledger(self) -> None:
+    def _see_without_ledger(self, *, hold: bool) -> None:
         """Match by locator alone, for the gauges only: nothing is read or decided while Postgres is away. But files are
-        opened, so that one which comes and is deleted meanwhile can still be read."""
+        opened (hold), so that one which comes and is deleted meanwhile can still be read."""
         scan = self._files.scan({position.locator for position in self.positions.values()})
-        for file in scan.files:
+        for file in scan.files if hold else ():
             self._files.hold(file)
         by_locator = {p.locator: p.file_id for p in sorted(self.positions.values(), key=lambda p: p.file_id)}
         self.followed = {by_locator.get(file.locator, -1 - number): file for number, file in enumerate(scan.files)}

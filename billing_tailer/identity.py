@@ -9,10 +9,10 @@ A generation is found again only where locator (device, inode), head and frontie
 2. a generation without its file may be matched to a file without a generation whose head and frontier agree (it was
    copied, restored or moved to another device); several such files block it as `ambiguous`;
 3. a file that agrees with a generation still held by its own inode is a copy, and is not read; nor is one that agrees
-   with a generation that is blocked, cannot be read, or may be where the scan could not look. A copy that has become
-   longer than its original goes its own way: it is read from 0, and the calls that both tell of are replays. Where the
-   original is gone from the directories and silent, the copy has replaced it and takes its `file_id`, as does the gzip
-   file that it has become;
+   with a generation that is blocked, cannot be read, or may be where the scan could not look. A copy that has other
+   bytes than its original, or more, goes its own way: it is read from 0, and the calls that both tell of are replays.
+   Where the original is gone from the directories and silent, the one file that goes on from it has replaced it and
+   takes its `file_id`, as does the gzip file that it has become;
 4. every other file is new. What stood at its locator before is ended, with its unread rest declared as a gap, but only
    after a complete scan found no file with the old content.
 
@@ -35,11 +35,12 @@ class Look(Protocol):
     def head(self, file: SeenFile) -> bytes:
         """The first bytes of a file, as many as a position's head may have; empty where it cannot be read."""
 
-    def size(self, file: SeenFile) -> int:
-        """The size of a file at this moment. Raises OSError."""
+    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool | None:
+        """Whether two files that agree with a position go on alike, to the end of the first; None where they do as far
+        as could be looked."""
 
-    def same_rest(self, position: Position, one: SeenFile, other: SeenFile) -> bool:
-        """Whether two files that agree with a position go on alike, to the end of the first."""
+    def is_prefix(self, one: SeenFile, other: SeenFile) -> bool:
+        """Whether the end of a file stands at the same place in another, longer one."""
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class Matching:
     """Gone from the directories; another file, in `matched`, has taken over their generation."""
     longer: list[SeenFile] = field(default_factory=list)
     """Copies with more than their original, which is gone from the directories but not silent yet."""
+    redundant: list[SeenFile] = field(default_factory=list)
+    """Of the copies, those that no directory shows any more and that have nothing of their own."""
 
 
 Agreeing = Mapping[tuple[int, int], Mapping[int, Verdict]]
@@ -108,9 +111,7 @@ def match(
     displaced: dict[int, GapReason] = {}
     loose: list[Position] = []
     for position in sorted(known, key=lambda p: -p.file_id):
-        # what ended before anything was committed has no content to be known by, and would agree with any file
-        ended_empty = position.state is FileState.FINAL and position.committed_offset == 0
-        file = None if ended_empty else files.pop(position.locator, None)
+        file = None if _has_ended_here(position) else files.pop(position.locator, None)
         if file is None:
             loose.append(position)
             continue
@@ -121,13 +122,20 @@ def match(
             loose.append(position)
             files[position.locator] = file
     if files or displaced:
-        agreeing = _agreeing(known, files, displaced, look, tick)
+        agreeing = _agreeing(known, files, displaced, look, result, tick)
         if complete:
             _match_by_content(loose, files, agreeing, result)
             _hand_over(known, files, agreeing, look, silent, result)
-        _sort_out_copies(loose, files, agreeing, look, result, complete=complete)
+        _sort_out_copies(known, loose, files, agreeing, look, result, complete=complete)
     _settle_the_rest(loose, displaced, files, look, result, complete=complete)
     return result
+
+
+def _has_ended_here(position: Position) -> bool:
+    """Whether a generation cannot come back at its own place: it has no content to be known by, or bytes of it were
+    lost there, and what stands there now is another generation's."""
+    lost_some = position.committed_offset == 0 or position.size_seen > position.committed_offset
+    return position.state is FileState.FINAL and lost_some
 
 
 def _judge_holder(position: Position, file: SeenFile, look: Look, result: Matching) -> GapReason | None:
@@ -153,6 +161,7 @@ def _agreeing(
     files: Mapping[tuple[int, int], SeenFile],
     displaced: Container[int],
     look: Look,
+    result: Matching,
     tick: Callable[[], None],
 ) -> Agreeing:
     """Compare every file that no generation holds with the generations that begin like it."""
@@ -163,10 +172,13 @@ def _agreeing(
         verdicts: dict[int, Verdict] = {}
         for position in by_head.alike(look.head(file)):
             tick()
-            if position.locator == locator and position.file_id in displaced:
+            if position.locator == locator and (position.file_id in displaced or _has_ended_here(position)):
                 continue  # it was judged as the holder, and is not
             verdict = look.judge(position, file)
-            if verdict in (Verdict.AGREES, Verdict.CUT):
+            original = result.kept.get(position.file_id)
+            # shorter than what is committed: a copy that is still being made
+            unfinished = verdict is Verdict.PAST_END and original is not None and look.is_prefix(file, original)
+            if unfinished or verdict in (Verdict.AGREES, Verdict.CUT):
                 verdicts[position.file_id] = verdict
         found[locator] = verdicts
     return found
@@ -213,24 +225,26 @@ def _hand_over(
         file = files.get(locator)
         for file_id in verdicts:
             original = result.kept.get(file_id)
-            if file is None or original is None or original.listed:
+            if file is None or not file.listed or original is None or original.listed:
                 continue
             # a gzip file is the original once that is gone; another copy has replaced it only if it goes on
             if file.size > original.size or (file.compressed and file.size == original.size):
                 successors.setdefault(file_id, []).append(file)
     for file_id, found in successors.items():
-        original = result.kept[file_id]
-        if len(found) > 1 or found[0].locator not in files:
+        position, original = by_id[file_id], result.kept[file_id]
+        if original.locator not in silent:
+            result.longer.extend(file for file in found if file.size > original.size)
             continue
-        if original.locator in silent and look.same_rest(by_id[file_id], original, found[0]):
-            del result.kept[file_id], files[found[0].locator]
-            result.matched[file_id] = found[0]
+        alike = [file for file in found if file.locator in files and look.same_rest(position, original, file)]
+        heirs = [file for file in alike if file.path == position.path] or alike
+        if len(heirs) == 1:
+            del result.kept[file_id], files[heirs[0].locator]
+            result.matched[file_id] = heirs[0]
             result.replaced[file_id] = original
-        elif found[0].size > original.size:
-            result.longer.append(found[0])
 
 
 def _sort_out_copies(
+    known: Sequence[Position],
     loose: Sequence[Position],
     files: dict[tuple[int, int], SeenFile],
     agreeing: Agreeing,
@@ -240,24 +254,21 @@ def _sort_out_copies(
     complete: bool,
 ) -> None:
     """Step 3. Where the generation is blocked, unreadable or out of sight, its content elsewhere is not read either."""
+    by_id = {position.file_id: position for position in known}
     held = {**result.kept, **result.matched}
     unclaimed = {position.file_id for position in loose} - result.blocked.keys() - held.keys() if complete else set()
+    waiting = {file.locator for file in result.longer}
     for locator, file in list(files.items()):
-        originals = [held[file_id] for file_id in agreeing[locator] if file_id in held]
-        if originals and complete and all(_is_longer(file, original, look) for original in originals):
+        originals = [(by_id[file_id], held[file_id]) for file_id in agreeing[locator] if file_id in held]
+        same = [look.same_rest(position, file, original) for position, original in originals]
+        if originals and complete and locator not in waiting and not any(one is not False for one in same):
             continue
         # a copy that lacks bytes which were seen, of a generation that is gone: read from 0, like any other file
         if agreeing[locator].keys() <= unclaimed:
             continue
         (result.copies if originals else result.unread).append(files.pop(locator))
-
-
-def _is_longer(file: SeenFile, original: SeenFile, look: Look) -> bool:
-    """Whether a file has more than its original, which may have grown since it was listed."""
-    try:
-        return original.listed and file.size > look.size(original)
-    except OSError:
-        return False
+        if not file.listed and True in same:
+            result.redundant.append(file)
 
 
 def _settle_the_rest(
@@ -294,7 +305,8 @@ def _found_elsewhere(
         return {}
     by_head = _ByHead(displaced)
     found: dict[int, int] = {}
-    for file in (*result.kept.values(), *result.matched.values(), *result.copies, *result.unread, *new.values()):
+    # not in files that another generation holds: those may have gone their own way before the bytes came that were lost
+    for file in (*result.matched.values(), *result.copies, *result.unread, *new.values()):
         for position in by_head.alike(look.head(file)):
             if position.locator != file.locator and look.judge(position, file) in (Verdict.AGREES, Verdict.CUT):
                 found[position.file_id] = max(found.get(position.file_id, 0), file.size)

@@ -6,7 +6,7 @@ and how far an over-long line has been scanned. Both can be forgotten at any tim
 
 from collections import ChainMap
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from billing_tailer.files import LogFiles
 from billing_tailer.model import Position, SeenFile, Verdict
@@ -32,6 +32,7 @@ class Limits:
 class Batch:
     """What one round read. full: a bound was reached, so that there is probably more. streaming: an over-long line was
     read on. surprised: a file was not what its position says; look again. unreadable: what could not be read, in words.
+    sizes: by `file_id`, how far half a line was seen that is not part of the work.
     """
 
     works: list[FileWork]
@@ -39,6 +40,7 @@ class Batch:
     streaming: bool = False
     surprised: bool = False
     unreadable: tuple[str, ...] = ()
+    sizes: dict[int, int] = field(default_factory=dict)
 
 
 class Reader:
@@ -51,7 +53,7 @@ class Reader:
         self._limits = limits
         self._rows: dict[int, OpenRow] = {}
         self._long_lines: dict[int, LongLine] = {}
-        self._half_lines: dict[int, tuple[int, int]] = {}
+        self._half_lines: dict[int, tuple[int, int, int]] = {}
         self._turn = 0
         self._finished: Container[int] = ()
 
@@ -110,7 +112,7 @@ class Reader:
             for position, file in pairs
             # shorter than what was looked at: to be seen, too
             if file.size > position.committed_offset
-            and (file.size != self._looked_at(position) or position.file_id in self._finished)
+            and (file.size != self._looked_at(position, file) or position.file_id in self._finished)
         ]
         archives = sorted(position.file_id for position, file in waiting if file.compressed)[ARCHIVES_MAX:]
         return [pair for pair in waiting if pair[0].file_id not in archives]
@@ -120,12 +122,13 @@ class Reader:
         size = self._files.held_size(file.locator)
         return file if size is None else replace(file, size=size)
 
-    def _looked_at(self, position: Position) -> int:
+    def _looked_at(self, position: Position, file: SeenFile) -> int:
         line = self._long_lines.get(position.file_id)
         if line is not None:
             return line.start_offset + line.scanned
-        offset, size = self._half_lines.get(position.file_id, (-1, 0))
-        return size if offset == position.committed_offset else position.committed_offset
+        offset, size, mtime_ns = self._half_lines.get(position.file_id, (-1, 0, 0))
+        unchanged = (offset, mtime_ns) == (position.committed_offset, file.mtime_ns)
+        return size if unchanged else position.committed_offset
 
     def _work_on(
         self, position: Position, file: SeenFile, row: OpenRow | None, share: int, lines_max: int, batch: Batch
@@ -156,10 +159,9 @@ class Reader:
         ):
             return take_rest(position, chunk.context, chunk.data, parse)
         elif work is None:
-            self._half_lines[position.file_id] = (
-                position.committed_offset,
-                position.committed_offset + len(chunk.data),
-            )
+            end = position.committed_offset + len(chunk.data)
+            self._half_lines[position.file_id] = (position.committed_offset, end, file.mtime_ns)
+            batch.sizes[position.file_id] = end
         return work
 
     def _stream(self, position: Position, file: SeenFile, batch: Batch) -> FileWork | None:

@@ -48,7 +48,7 @@ def plan_reset(
     NotInSight: the position must not be moved by what another file contains.
     """
     file = _file_of(position, files)
-    if files.judge(position, file) in (Verdict.SHRUNK, Verdict.DIFFERS):
+    if files.judge(position, file) in (Verdict.CUT, Verdict.SHRUNK, Verdict.DIFFERS):
         raise NotInSight(
             f"offset reset of {position.path}: the file is another one than was followed (truncated or replaced)",
             "let the daemon look at it, which will follow it as a new file, then reset that one",

@@ -130,7 +130,7 @@ class Tailer:
         self._events.active(False)
         if time.monotonic() >= self._next_show:
             self._next_show = time.monotonic() + SHOW_SECONDS
-            self._follower.show(time.time(), waiting=True)
+            self._follower.show(time.time(), waiting=True, standby=self._ledger.state is LedgerState.STANDBY)
 
     def _load(self) -> None:
         self._last_reset = self._ledger.newest_reset()
@@ -156,6 +156,7 @@ class Tailer:
         batch = self._next_batch()
         if batch.surprised or batch.unreadable:
             self._follower.scan_soon(at_leisure=not batch.surprised)
+        self._follower.note_sizes(batch.sizes)
         self._health.say("reading", batch.unreadable)
         if batch.works:
             self._commit(batch)

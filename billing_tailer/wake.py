@@ -50,18 +50,22 @@ class Wake(FileSystemEventHandler):
         again next time."""
         if self._observer is None:
             return
+        found: dict[str, tuple[int, int]] = {}
         troubles = []
         for directory in directories:
             try:
                 status = Path(directory).stat()
-                identity = (status.st_dev, status.st_ino)
-                known = self._watched.get(directory)
-                if known is not None and known[0] == identity:
-                    continue
-                if known is not None:
-                    del self._watched[directory]
-                    self._observer.unschedule(known[1])
-                self._watched[directory] = (identity, self._observer.schedule(self, directory, event_filter=_EVENTS))
+                found[directory] = (status.st_dev, status.st_ino)
+            except OSError as error:
+                troubles.append(f"{directory}: {error}")
+        for directory, (identity, watch) in list(self._watched.items()):
+            if found.get(directory) != identity:
+                del self._watched[directory]
+                self._observer.unschedule(watch)
+        for directory in found.keys() - self._watched.keys():
+            try:
+                watch = self._observer.schedule(self, directory, event_filter=_EVENTS)
+                self._watched[directory] = (found[directory], watch)
             except OSError as error:
                 troubles.append(f"{directory}: {error}")
         self.trouble = "; ".join(troubles) or None

@@ -22,7 +22,7 @@ from tests.support.proof import assert_sound, count, outcomes, rows
 @pytest.fixture(autouse=True)
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is believed to be finished, what is gone to be silent, at once."""
-    monkeypatch.setattr(files_module, "SETTLED_SECONDS", 0.0)
+    monkeypatch.setattr(files_module, "ARCHIVE_SETTLED_SECONDS", 0.0)
     monkeypatch.setattr(follower_module, "SILENT_SECONDS", 0.0)
 
 
@@ -186,6 +186,19 @@ def test_a_damaged_gzip_file_harms_nobody(dsn: str, tmp_path: Path, log: Path, j
         rig.turn()
     assert outcomes(dsn) == {"fact": 103}
     assert count(dsn, "tail_files") == 3
+
+
+def test_an_empty_gzip_file(dsn: str, tmp_path: Path, log: Path) -> None:
+    log.rename(tmp_path / "audit.jsonl.1")
+    log.write_bytes(b"")
+    with following(dsn, tmp_path) as rig:
+        log.rename(tmp_path / "audit.jsonl.2")
+        log.write_bytes(lines(200, 2))
+        zipped(tmp_path / "audit.jsonl.2")
+        rig.turn()
+        assert not rig.health.reasons()
+    assert count(dsn, "tail_files") == 3
+    assert outcomes(dsn) == {"fact": 102}
 
 
 def test_a_gzip_file_beside_its_original(dsn: str, tmp_path: Path, log: Path) -> None:

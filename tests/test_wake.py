@@ -3,7 +3,7 @@
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -205,3 +205,18 @@ def test_a_directory_made_anew_is_watched_again(wake: Wake, tmp_path: Path) -> N
     directory.mkdir()
     wake.watch([str(directory)])
     assert wake.trouble is None
+
+
+@pytest.mark.parametrize("rid_of", [shutil.rmtree, lambda directory: directory.rename(f"{directory}.away")])
+def test_directories_that_are_gone_are_not_watched(
+    wake: Wake, tmp_path: Path, rid_of: Callable[[Path], object]
+) -> None:
+    threads = threading.active_count()
+    for n in range(10):
+        directory = tmp_path / str(n)
+        directory.mkdir()
+        wake.watch([str(directory)])
+        rid_of(directory)
+    wake.watch([])
+    time.sleep(0.1)
+    assert threading.active_count() == threads

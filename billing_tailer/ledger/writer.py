@@ -60,6 +60,8 @@ PING_SECONDS = 2.0
 """How often an idle session proves that it is alive; a frozen one is ended by the server after IDLE_SECONDS."""
 IDLE_SECONDS = 12
 STANDBY_POLL_SECONDS = 0.5
+OTHER_VOLUME_SECONDS = 3.0
+"""So long the volume may show none of the recorded files before it is taken for another one."""
 WAIT_SECONDS_MAX = 1.0
 LETTERS_COUNTED_MAX = 10_000
 PIPELINE_FACTS_MAX = 40
@@ -147,6 +149,7 @@ class Ledger:
             stop=lambda _: self._stop.is_set(),
             sleep=wait,
         )
+        doubtful_since: float | None = None
         asked = False
         while not self._stop.is_set():
             tick()
@@ -158,12 +161,14 @@ class Ledger:
             if not asked:
                 with wrapped():
                     positions = self.positions()
-                if not may_stand_by(positions):
+                asked = may_stand_by(positions)
+                # the log may have been rewritten while its owner is dying: it is asked again
+                doubtful_since = None if asked else (doubtful_since or time.monotonic())
+                if doubtful_since is not None and time.monotonic() - doubtful_since >= OTHER_VOLUME_SECONDS:
                     raise ConfigError(
                         f"SOURCE_ID {self.source_id} is in use for another volume",
                         "give every proxy's volume its own BILLING_TAILER_SOURCE_ID, or mount the same volume",
                     )
-                asked = True
             self.close()
             wait(STANDBY_POLL_SECONDS)
         return False
@@ -516,10 +521,9 @@ class Ledger:
         grace_seconds ago; None where there is none yet."""
         with wrapped():
             row = self._session.execute(query("unaudited_span"), {"grace": grace_seconds}).fetchone()
-            assert row is not None
-            span: tuple[datetime, datetime] = (row[0], row[1])
-            if span[0] >= span[1]:
+            if row is None or row[0] >= row[1]:
                 return None
+            span: tuple[datetime, datetime] = (row[0], row[1])
             claimed = self._session.execute(query("claim_unaudited"), {"after": span[0], "to": span[1]})
         return span if claimed.rowcount == 1 else None
 

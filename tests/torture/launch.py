@@ -4,7 +4,6 @@ To be used from a process with one thread. The child is the real program from it
 environment, its own log, its own signals; it ends with its parent.
 """
 
-import contextlib
 import ctypes
 import mmap
 import os
@@ -13,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,9 +86,12 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             code = 70
-            with contextlib.suppress(BaseException):
+            try:
                 code = self._be_the_daemon(variables, kill, trace)
-            os._exit(code)  # without the finalizers: the sockets that were inherited belong to the parent
+            finally:
+                if sys.exc_info()[0] is not None:
+                    traceback.print_exc()  # into the daemon's log
+                os._exit(code)  # without the finalizers: the sockets that were inherited belong to the parent
 
     def _be_the_daemon(self, variables: Mapping[str, str], kill: Kill | None, trace: Path | None) -> int:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
