@@ -25,6 +25,7 @@ from billing_tailer.plan import (
     Parse,
     build,
     refused,
+    take_hole,
     take_lines,
     take_long_line,
     take_rest,
@@ -168,6 +169,12 @@ class Backfill:
             if work is not None:
                 taken = work.step.end_offset - position.committed_offset
                 context, rest = (context + buffer[:taken])[-FRONTIER_BYTES_MAX:], buffer[taken:]
+            elif buffer.startswith(b"\0"):
+                # nobody writes to it any more: nothing to wait for
+                rest = buffer.lstrip(b"\0")
+                end = chunk.size - len(rest)
+                work = take_hole(position, context, end, end)
+                context = (context + buffer[: len(buffer) - len(rest)])[-FRONTIER_BYTES_MAX:]
             elif len(buffer) > limits.line_bytes_max:
                 work, context, rest = self._long_line(position, context, buffer, stream)
             else:
@@ -207,7 +214,7 @@ class Backfill:
             plan = without_refused(plan, letters)
             committed = self._ledger.commit(plan)
         ((step,), (position,)) = committed.steps, committed.positions
-        self._row = replace(work.row, counts=step.batch.counts)
+        self._row = None if work.row is None or step.batch is None else replace(work.row, counts=step.batch.counts)
         filled.counts.update(step.counts)
         self._settler.after_commit({placed.fact.call_id for placed in plan.facts})
         return position

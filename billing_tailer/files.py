@@ -417,6 +417,19 @@ class LogFiles:
         except OSError:
             return False
 
+    def next_data(self, file: SeenFile, offset: int) -> int:
+        """The next offset that may hold something else than NUL bytes: a file system may know where nothing was ever
+        written. Raises OSError."""
+        if file.compressed:
+            return offset
+        fd = self._open(file)
+        try:
+            return os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing more, to the end of the file
+                return max(offset, os.fstat(fd).st_size)
+            return offset
+
     def place_at(self, file: SeenFile, offset: int) -> Place:
         """What identifies an offset of a file. Raises OSError, also where the file ends before it."""
         head = self.read_at(file, 0, min(offset, HEAD_BYTES_MAX))

@@ -48,6 +48,7 @@ class GapReason(StrEnum):
     INODE_REUSED = "inode_reused"
     START_AT = "start_at"
     SKIPPED = "skipped"
+    HOLE = "hole"
 
 
 class BlockReason(StrEnum):
@@ -266,7 +267,8 @@ class BatchRow:
 
 @dataclass(frozen=True, slots=True)
 class FileStep:
-    """One file's part of a plan: moves `position` to `end_offset` and says what the bytes between were."""
+    """One file's part of a plan: moves `position` to `end_offset` and says what the bytes between were, which is lines
+    (batch) or a hole (gap)."""
 
     position: Position
     end_offset: int
@@ -275,8 +277,9 @@ class FileStep:
     frontier_bytes: int
     size_seen: int
     dead_letter_bytes: int
-    batch: BatchRow
+    batch: BatchRow | None
     counts: Mapping[str, int]
+    gap: Gap | None = None
 
     def after(self) -> Position:
         """The position once the step is committed."""

@@ -17,6 +17,8 @@ from billing_tailer.model import (
     DeadLetter,
     DeadLetterReason,
     FileStep,
+    Gap,
+    GapReason,
     Outcome,
     PlacedFact,
     PlacedRecord,
@@ -96,7 +98,7 @@ class FileWork:
     step: FileStep
     facts: list[PlacedFact]
     dead_letters: list[DeadLetter]
-    row: OpenRow
+    row: OpenRow | None
     records: list[PlacedRecord] = field(default_factory=list)
     skips: list[PlacedSkip] = field(default_factory=list)
 
@@ -104,8 +106,10 @@ class FileWork:
 def take_lines(
     position: Position, chunk: Bytes, row: OpenRow | None, parse: Parse, *, lines_max: int, line_bytes_max: int
 ) -> FileWork | None:
-    """The whole lines at the beginning of a chunk, at most `lines_max`; None where there is none."""
-    cut = chunk.data.rfind(b"\n") + 1
+    """The whole lines at the beginning of a chunk, at most `lines_max`, and only up to one that begins with NUL bytes;
+    None where there is none."""
+    hole = -1 if chunk.data.startswith(b"\0") else chunk.data.find(b"\n\0")
+    cut = hole + 1 if hole >= 0 or chunk.data.startswith(b"\0") else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
     lines = chunk.data[:cut].split(b"\n", lines_max)
@@ -174,6 +178,26 @@ def _take_as_letter(position: Position, line: LongLine, size: int, reason: DeadL
     kept_bytes = position.dead_letter_bytes + len(raw)
     step = _step(position, row, None, head=head, tail=line.tail, size=size, kept_bytes=kept_bytes, counts=counts)
     return FileWork(step, [], [letter], row)
+
+
+def take_hole(position: Position, context: bytes, end: int, size: int) -> FileWork:
+    """NUL bytes up to `end`, where a line should begin: a gap. context: at most FRONTIER_BYTES_MAX before them."""
+    nul_bytes = end - position.committed_offset
+    tail = (context + bytes(min(nul_bytes, FRONTIER_BYTES_MAX)))[-FRONTIER_BYTES_MAX:]
+    head = position.head + bytes(min(nul_bytes, max(0, HEAD_BYTES_MAX - len(position.head))))
+    step = FileStep(
+        position=position,
+        end_offset=end,
+        head=head,
+        frontier_sha256=hashlib.sha256(tail).digest(),
+        frontier_bytes=len(tail),
+        size_seen=max(size, end),
+        dead_letter_bytes=position.dead_letter_bytes,
+        batch=None,
+        counts={},
+        gap=Gap(position.file_id, position.committed_offset, end, GapReason.HOLE),
+    )
+    return FileWork(step, [], [], None)
 
 
 def build(works: Sequence[FileWork]) -> Plan:
@@ -293,5 +317,5 @@ def moved_counts(step: FileStep, change: Mapping[str, int]) -> FileStep:
         moved = {key: counts.get(key, 0) + change.get(key, 0) for key in keys}
         return {key: count for key, count in moved.items() if count}
 
-    batch = replace(step.batch, counts=changed(step.batch.counts))
+    batch = None if step.batch is None else replace(step.batch, counts=changed(step.batch.counts))
     return replace(step, counts=changed(step.counts), batch=batch)

@@ -8,9 +8,10 @@ from collections import ChainMap
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from billing_tailer.files import LogFiles
-from billing_tailer.model import Position, SeenFile, Verdict
-from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_lines, take_long_line, take_rest
+from billing_tailer.files import Chunk, LogFiles
+from billing_tailer.holes import Holes
+from billing_tailer.model import FileStep, Position, SeenFile, Verdict
+from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_hole, take_lines, take_long_line, take_rest
 
 FILE_SHARE_BYTES_MIN = 64 << 10
 """What each of many busy files is read in one round, so that none starves."""
@@ -54,6 +55,7 @@ class Reader:
         self._rows: dict[int, OpenRow] = {}
         self._long_lines: dict[int, LongLine] = {}
         self._half_lines: dict[int, tuple[int, int, int]] = {}
+        self._holes = Holes(files)
         self._turn = 0
         self._finished: Container[int] = ()
 
@@ -62,10 +64,12 @@ class Reader:
         self._rows.clear()
         self._long_lines.clear()
         self._half_lines.clear()
+        self._holes.forget()
 
-    def adopt(self, work: FileWork, counts: Mapping[str, int]) -> None:
-        """The work is committed, with these counts in its row: the row may grow from here."""
-        self._rows[work.step.position.file_id] = replace(work.row, counts=counts)
+    def adopt(self, work: FileWork, step: FileStep) -> None:
+        """The work is committed, with the counts of this step in its row: the row may grow from here."""
+        if work.row is not None and step.batch is not None:
+            self._rows[work.step.position.file_id] = replace(work.row, counts=step.batch.counts)
 
     def gather(
         self,
@@ -81,7 +85,8 @@ class Reader:
         """
         self._finished = finished
         places = ChainMap({work.step.position.file_id: work.step.after() for work in after}, dict(positions))
-        rows = ChainMap({work.step.position.file_id: work.row for work in after}, self._rows)
+        open_rows: dict[int, OpenRow | None] = {work.step.position.file_id: work.row for work in after}
+        rows = {**self._rows, **open_rows}
         waiting = self._waiting(places, followed)
         # half of the bytes: while this batch is committed, the next one is read
         budget = self._limits.batch_bytes_max // 2
@@ -137,6 +142,8 @@ class Reader:
             return self._stream(position, file, batch)
         line_max = self._limits.line_bytes_max
         chunk = self._files.read(position, file, share)
+        if not isinstance(chunk, Verdict) and chunk.data.startswith(b"\0"):
+            return self._hole(position, file, chunk, batch)
         if not isinstance(chunk, Verdict) and len(chunk.data) == share <= line_max and b"\n" not in chunk.data:
             chunk = self._files.read(position, file, line_max + 1)  # the share is smaller than one line
         if isinstance(chunk, Verdict):
@@ -163,6 +170,23 @@ class Reader:
             self._half_lines[position.file_id] = (position.committed_offset, end, file.mtime_ns)
             batch.sizes[position.file_id] = end
         return work
+
+    def _hole(self, position: Position, file: SeenFile, chunk: Chunk, batch: Batch) -> FileWork | None:
+        """NUL bytes where a line should begin."""
+        try:
+            end = self._holes.end_of(position, file, finished=position.file_id in self._finished)
+        except OSError as error:
+            batch.unreadable += (
+                f"{file.path}: cannot be read behind byte {position.committed_offset}: {error.strerror}",
+            )
+            return None
+        if end is not None:
+            return take_hole(position, chunk.context, end, max(chunk.size, end))
+        batch.streaming = batch.streaming or self._holes.unfinished
+        batch.sizes[position.file_id] = chunk.size
+        if self._holes.waits_for_data(position.file_id):
+            self._half_lines[position.file_id] = (position.committed_offset, file.size, file.mtime_ns)
+        return None
 
     def _stream(self, position: Position, file: SeenFile, batch: Batch) -> FileWork | None:
         """Read on in a line beyond the limit; it becomes work when its newline comes."""

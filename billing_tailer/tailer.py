@@ -260,7 +260,9 @@ class Tailer:
         self._follower.moved(committed.positions)
         counts: Counter[str] = Counter()
         for work, step in zip(works, committed.steps, strict=True):
-            self._reader.adopt(work, step.batch.counts)
+            self._reader.adopt(work, step)
+            if step.gap is not None:
+                self._events.gap(step.gap, step.position.path)
             counts.update(step.counts)
         self._events.committed(plan, counts, committed.seconds, time.time())
         self._settler.after_commit(

@@ -84,6 +84,7 @@ GAPS: Mapping[StrEnum, str] = {
     GapReason.INODE_REUSED: "the file is gone, and another file has its inode number",
     GapReason.START_AT: "left out by `START_AT=end`",
     GapReason.SKIPPED: "left out by an operator's offset reset",
+    GapReason.HOLE: "NUL bytes where a line should begin, two seconds after something followed them",
 }
 BLOCKS: Mapping[StrEnum, str] = {
     BlockReason.OFFSET_PAST_END: "the file is shorter than what is committed of it, and begins with the same bytes",

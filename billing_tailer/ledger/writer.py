@@ -37,6 +37,7 @@ from billing_tailer.ledger.connection import (
 from billing_tailer.ledger.records import insert_records, record_key
 from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
 from billing_tailer.model import (
+    BatchRow,
     BlockReason,
     FileState,
     FileStep,
@@ -440,13 +441,15 @@ class Ledger:
     def _write_positions(self, plan: Plan, steps: Sequence[FileStep], pipeline: psycopg.Pipeline) -> None:
         """The compare-and-set of every file, its batch row and its dead letters, in one round trip; then the look
         whether all of them found what this process left there, before anything is committed."""
-        inserted = [_batch(step) for step in steps if step.batch.grows_from is None]
-        grown = [_batch(step) for step in steps if step.batch.grows_from is not None]
+        batches = [_batch(step.position.file_id, step.batch) for step in steps if step.batch is not None]
+        inserted = [row for row in batches if row["grows_from"] is None]
+        grown = [row for row in batches if row["grows_from"] is not None]
         expected = []
         for name, rows in (
             ("move_position", [_move(step) for step in steps]),
             ("insert_batch", inserted),
             ("grow_batch", grown),
+            ("insert_hole", [_gap(step.gap) for step in steps if step.gap is not None]),
         ):
             cursor = self._session.cursor()
             if rows:
@@ -593,10 +596,9 @@ def _move(step: FileStep) -> dict[str, Any]:
     }
 
 
-def _batch(step: FileStep) -> dict[str, Any]:
-    batch = step.batch
+def _batch(file_id: int, batch: BatchRow) -> dict[str, Any]:
     return {
-        "file_id": step.position.file_id,
+        "file_id": file_id,
         "start_offset": batch.start_offset,
         "end_offset": batch.end_offset,
         "grows_from": batch.grows_from,

@@ -11,7 +11,6 @@ from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes
 from tests.support.proxy import PostgresProxy
 from tests.torture.table import Tally
-from tests.torture.world import HOLES_ARE_GAPS
 
 RSS_MB_MAX: Final = 96.0
 GIB: Final = 1 << 30
@@ -44,9 +43,7 @@ def hole(admin_dsn: str, template: str, directory: Path, *, size: int) -> Tally:
             out.seek(size, 1)
             out.write(lines(3, 3))
 
-    # as long as holes are not declared, the NULs belong to the line behind them
-    wanted = {"fact": 6} if HOLES_ARE_GAPS else {"fact": 5, "dead_letter": 1}
-    return _read(f"a hole of {_gib(size)}", admin_dsn, template, directory / "hole", size, write, wanted)
+    return _read(f"a hole of {_gib(size)}", admin_dsn, template, directory / "hole", size, write, {"fact": 6})
 
 
 def _read(

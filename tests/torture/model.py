@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, event, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
-from billing_tailer import files, follower
+from billing_tailer import files, follower, holes
 from billing_tailer.errors import TailerError
 from billing_tailer.ledger import LedgerState
 from tests.support.follow import Rig, following
@@ -225,8 +225,8 @@ def model(dsn: str, directory: Path, *, examples: int, seed_number: int | None, 
         print_blob=False,
     )
     # what is silent or finished is believed to be at once: an example takes a second
-    before = follower.SILENT_SECONDS, files.ARCHIVE_SETTLED_SECONDS
-    follower.SILENT_SECONDS = files.ARCHIVE_SETTLED_SECONDS = 0.0
+    before = follower.SILENT_SECONDS, files.ARCHIVE_SETTLED_SECONDS, holes.HOLE_SECONDS
+    follower.SILENT_SECONDS = files.ARCHIVE_SETTLED_SECONDS = holes.HOLE_SECONDS = 0.0
     machine: Any = Files if seed_number is None else seed(seed_number)(Files)
     try:
         run_state_machine_as_test(machine, settings=profile)
@@ -235,7 +235,7 @@ def model(dsn: str, directory: Path, *, examples: int, seed_number: int | None, 
         tally.lost, tally.doubled, tally.undeclared = found.lost, found.doubled, found.undeclared
         tally.problems.append("\n".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]))
     finally:
-        follower.SILENT_SECONDS, files.ARCHIVE_SETTLED_SECONDS = before
+        follower.SILENT_SECONDS, files.ARCHIVE_SETTLED_SECONDS, holes.HOLE_SECONDS = before
         Files.state.close()
     tally.runs = Files.examples
     return tally

@@ -18,9 +18,6 @@ from billing_tailer.model import BlockReason, FileState, Position
 from tests.support.loglines import line
 from tests.support.proof import assert_sound, count, outcomes, rows
 
-HOLES_ARE_GAPS: Final = False
-"""Whether NUL bytes at the start of a line are declared as a gap and the line behind them is read."""
-
 CURRENT: Final = "audit.jsonl"
 _CALL: Final = re.compile(rb'"litellm_call_id":"(call-\d+)"')
 _LINE: Final = re.compile(
@@ -394,6 +391,4 @@ def _is_of(content: Content, file: dict[str, Any], tiles: list[dict[str, Any]]) 
 def actions() -> Iterator[str]:
     """The names of those that are to be tried with the product as it is."""
     yield from ("append", "half", "rotate", "copytruncate", "truncate", "truncate_to_the_middle", "regrow", "delete")
-    yield from ("recreate", "replace", "replace_by_longer_copy", "rewrite_in_place", "link", "gzip")
-    if HOLES_ARE_GAPS:
-        yield "hole"
+    yield from ("recreate", "replace", "replace_by_longer_copy", "rewrite_in_place", "link", "gzip", "hole")

@@ -29,6 +29,10 @@ insert into log_gaps (file_id, start_offset, end_offset, reason)
 values (%(file_id)s, %(start_offset)s, %(end_offset)s, %(reason)s)
 on conflict do nothing
 
+-- name: insert_hole
+insert into log_gaps (file_id, start_offset, end_offset, reason)
+values (%(file_id)s, %(start_offset)s, %(end_offset)s, %(reason)s)
+
 -- name: move_position
 update tail_files
 set committed_offset = %(end_offset)s, head = %(head)s, frontier_sha256 = %(frontier_sha256)s,
