@@ -49,9 +49,18 @@ def _check_files(settings: Settings) -> list[Finding]:
     seen = scan.files
     findings = [
         Finding(False, "log volume", problem, "mount it, or make it readable for this user")
-        for problem in scan.problems
+        for problem in (*scan.problems, *scan.broken)
     ]
-    if not seen:
+    findings += [
+        Finding(
+            False,
+            "log files",
+            f"{path} looks like a rotated log, but no glob matches it",
+            "widen BILLING_TAILER_AUDIT_GLOBS, or move what is no log out of the directory",
+        )
+        for path in scan.lookalikes
+    ]
+    if not seen and not scan.archives_unknown:
         globs = ", ".join(settings.audit_globs)
         hint = "send a request through the proxy; see AUDIT_GLOBS"
         return [*findings, Finding(False, "log files", f"no file matches {globs}", hint)]

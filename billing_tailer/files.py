@@ -10,6 +10,7 @@ import fnmatch
 import glob
 import hashlib
 import os
+import re
 import stat
 import sys
 import time
@@ -36,6 +37,7 @@ ARCHIVE_RETRY_SECONDS = 5.0
 SKIP_BYTES_MAX = 8 << 20
 """So much of a gzip file is read again, at a time, to come to where reading goes on."""
 COMPARED_BYTES = 1 << 20
+_SEPARATOR = re.compile(rb"[.-]")
 TAIL_BYTES = 64 << 10
 """Step of the backward search for a newline."""
 
@@ -68,6 +70,7 @@ class Scan:
 
     complete: every directory of every glob was listed, and every file that matches could be looked at. strays: names of
     followed files that no glob matches. problems: in words, for /readyz. broken: gzip files that cannot be read, too.
+    lookalikes: files whose names go on from one that matches (`X.1`, `X-20261122`, `X.1.gz`) and that no glob matches.
     archives_unknown: gzip files that are not listed yet, because they have to be read through first.
     """
 
@@ -76,6 +79,7 @@ class Scan:
     problems: tuple[str, ...]
     strays: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()
+    lookalikes: tuple[str, ...] = ()
     archives_unknown: int = 0
 
 
@@ -150,6 +154,7 @@ class LogFiles:
         found: dict[tuple[int, int], SeenFile] = {}
         problems: list[str] = []
         strays: set[str] = set()
+        lookalikes: list[os.DirEntry[bytes]] = []
         inodes = {inode for _, inode in wanted}
         by_directory: dict[bytes, list[bytes]] = {}
         for pattern in self._globs:
@@ -161,7 +166,7 @@ class LogFiles:
         for directory, names in sorted(by_directory.items()):
             try:
                 with os.scandir(directory) as entries:
-                    self._scan_directory(entries, names, wanted, inodes, found, strays, problems)
+                    lookalikes += self._scan_directory(entries, names, wanted, inodes, found, strays, problems)
             except OSError as error:
                 problems.append(f"cannot list {escape_path(directory)}: {error.strerror}")
         strays &= {file.path for file in found.values()}  # a second name beside one that matches is no stray
@@ -177,7 +182,9 @@ class LogFiles:
         broken, unknown = self._sort_out_archives(found, committed)
         files = tuple(sorted(found.values(), key=lambda file: file.path))
         complete = not problems and not unknown
-        return Scan(files, complete, tuple(problems), tuple(sorted(strays)), broken, unknown)
+        followed = {inode for _, inode in found}  # which may have a second name
+        like = tuple(escape_path(entry.path) for entry in lookalikes if entry.inode() not in followed)
+        return Scan(files, complete, tuple(problems), tuple(sorted(strays)), broken, like, unknown)
 
     def _sort_out_archives(
         self,
@@ -255,12 +262,18 @@ class LogFiles:
         found: dict[tuple[int, int], SeenFile],
         strays: set[str],
         problems: list[str],
-    ) -> None:
+    ) -> list[os.DirEntry[bytes]]:
+        """Add what a directory has to found, strays and problems; returns the lookalikes."""
+        matching: set[bytes] = set()
+        others: list[os.DirEntry[bytes]] = []
         for entry in sorted(entries, key=lambda e: e.name):
             matches = any(fnmatch.fnmatchcase(entry.name, name) for name in names)
             if entry.name.endswith(COMPRESSED):
                 continue  # what it was compressed from keeps its position
-            if not matches and entry.inode() not in inodes:
+            if matches:
+                matching.add(entry.name)
+            elif entry.inode() not in inodes:
+                others.append(entry)
                 continue
             try:
                 status = entry.stat()
@@ -280,6 +293,7 @@ class LogFiles:
             if locator not in found or (matches and found[locator].path in strays):
                 seen = _seen(escape_path(entry.path), status)
                 found[locator] = replace(seen, size=min(seen.size, readable))
+        return [entry for entry in others if _goes_on_from(entry.name, matching) and entry.is_file()]
 
     # --- comparing
 
@@ -508,6 +522,11 @@ class LogFiles:
         """Let go of every file."""
         for locator in list(self._handles):
             self._close(locator)
+
+
+def _goes_on_from(name: bytes, names: Collection[bytes]) -> bool:
+    """Whether a name is another one with something behind it, as rotation and compression make them."""
+    return any(name[: found.start()] in names for found in _SEPARATOR.finditer(name))
 
 
 def _stands_at(path: str, locator: tuple[int, int]) -> bool:

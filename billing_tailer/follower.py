@@ -290,6 +290,10 @@ class Follower:
                     for file in matching.longer
                 ),
                 *(f"{path}: is followed, but no glob of AUDIT_GLOBS matches its name" for path in scan.strays),
+                *(
+                    f"{path}: looks like a rotated log, but no glob of AUDIT_GLOBS matches it"
+                    for path in scan.lookalikes
+                ),
             ],
         )
 

@@ -329,6 +329,14 @@ def test_check_says_everything_at_once(verb: Verb, log: Path, empty_dsn: str) ->
     assert "     -> " in printed
 
 
+def test_check_of_globs_that_forget_rotated_names(verb: Verb, daemon_dsn: str, log: Path) -> None:
+    log.write_bytes(lines(0, 1))
+    Path(f"{log}.1.gz").write_bytes(b"")
+    verb.environment(DATABASE_URL=daemon_dsn, AUDIT_GLOBS=str(log))
+    (message,) = failing(verb.json("check", code=1)).values()
+    assert message == f"{log}.1.gz looks like a rotated log, but no glob matches it"
+
+
 def test_check_of_a_log_that_is_not_understood(verb: Verb, daemon_dsn: str, log: Path) -> None:
     """A line in nginx's default format, one without what bills it, and a carriage return, which ends no line."""
     verb.environment(DATABASE_URL=daemon_dsn)

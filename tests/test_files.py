@@ -156,6 +156,26 @@ def test_odd_names_are_followed(logs: LogFiles, tmp_path: Path, name: bytes) -> 
 # --- scans -----------------------------------------------------------------------------------------------------------
 
 
+def test_names_that_go_on_from_one_that_matches(tmp_path: Path) -> None:
+    """Rotations that the glob forgets, also of another inode; a second name of a followed file is none."""
+    log = tmp_path / "audit.jsonl"
+    log.write_bytes(b"1\n")
+    (tmp_path / "audit.jsonl.9").hardlink_to(log)
+    for name in ("audit.jsonl.1", "audit.jsonl.1.gz", "audit.jsonl-20261122", "audit.json", "audit.jsonl2", "other.1"):
+        (tmp_path / name).write_bytes(b"2\n")
+    (tmp_path / "audit.jsonl.d").mkdir()
+    with following(f"{log}") as logs:
+        scan = logs.scan()
+        assert [Path(path).name for path in scan.lookalikes] == [
+            "audit.jsonl-20261122",
+            "audit.jsonl.1",
+            "audit.jsonl.1.gz",
+        ]
+        assert (len(scan.files), scan.complete) == (1, True)
+    with following(f"{log}*") as logs:
+        assert logs.scan().lookalikes == ()
+
+
 def test_scan(logs: LogFiles, tmp_path: Path) -> None:
     for name in ("audit.jsonl", "audit.jsonl.1", "other", ".audit"):
         (tmp_path / name).write_bytes(name.encode())
