@@ -297,6 +297,8 @@ class World:
                 continue
             mine = [file for file in files if _is_of(content, file, tiles[file["file_id"]])]
             committed = max((int(file["committed_offset"]) for file in mine), default=0)
+            # a generation may have gone on from this content in a copy of it
+            committed = max([committed, *(_covered(content, found_in) for found_in in tiles.values())])
             # a file of which nothing is committed is known by its inode alone, which another one may have had since
             if committed >= content.seen or committed == 0:
                 continue
@@ -379,6 +381,12 @@ def _holds(content: Content, tile: dict[str, Any]) -> bool:
     part = content.data[tile["start_offset"] : tile["end_offset"]]
     whole = len(part) == tile["end_offset"] - tile["start_offset"]
     return whole and bool(hashlib.sha256(part).digest() == tile["sha256"])
+
+
+def _covered(content: Content, tiles: list[dict[str, Any]]) -> int:
+    """How much of a content the first rows of a generation account for."""
+    held = list(itertools.takewhile(lambda tile: _holds(content, tile), tiles))
+    return int(held[-1]["end_offset"]) if held else 0
 
 
 def _is_of(content: Content, file: dict[str, Any], tiles: list[dict[str, Any]]) -> bool:
