@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from billing_tailer.embedded import EmbeddedPostgres
 from tests.support import database
 from tests.support.verbs import Verb
 from tests.torture.table import TALLIES, table
+
+# how long an example takes says more of what else the machine does than of the code
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -477,7 +477,7 @@ def test_five_hundred_wait(api: Bench) -> None:
         await asyncio.to_thread(wait_for, lambda: api.waiters._waiting == clients)
         await asyncio.sleep(0.5)
         live = [await live_seconds() for _ in range(100)]
-        assert threading.active_count() == threads_before
+        assert threading.active_count() <= threads_before
         assert not any(task.done() for task in waiting)
         api.spend(*range(clients))
         turning = threading.Thread(target=api.turn)
