@@ -158,16 +158,17 @@ def _judge_holder(position: Position, file: SeenFile, look: Look, result: Matchi
 
 def _agreeing(
     known: Sequence[Position],
-    files: Mapping[tuple[int, int], SeenFile],
+    files: dict[tuple[int, int], SeenFile],
     displaced: Container[int],
     look: Look,
     result: Matching,
     tick: Callable[[], None],
 ) -> Agreeing:
-    """Compare every file that no generation holds with the generations that begin like it."""
+    """Compare every file that no generation holds with the generations that begin like it. One that cannot be compared
+    is set aside as unread: it may be any of them."""
     by_head = _ByHead(known)
     found: dict[tuple[int, int], dict[int, Verdict]] = {}
-    for locator, file in files.items():
+    for locator, file in list(files.items()):
         tick()
         verdicts: dict[int, Verdict] = {}
         for position in by_head.alike(look.head(file)):
@@ -178,8 +179,11 @@ def _agreeing(
             original = result.kept.get(position.file_id)
             # shorter than what is committed: a copy that is still being made
             unfinished = verdict is Verdict.PAST_END and original is not None and look.is_prefix(file, original)
-            if unfinished or verdict in (Verdict.AGREES, Verdict.CUT):
+            if unfinished or verdict in (Verdict.AGREES, Verdict.CUT, Verdict.UNREADABLE):
                 verdicts[position.file_id] = verdict
+        if Verdict.UNREADABLE in verdicts.values():
+            result.unread.append(files.pop(locator))
+            continue
         found[locator] = verdicts
     return found
 

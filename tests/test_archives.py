@@ -267,6 +267,21 @@ def test_killed_in_the_middle_of_an_archive(dsn: str, tmp_path: Path, monkeypatc
     assert_sound(dsn, {1: lines(0, 400)})
 
 
+def test_a_position_that_moved_while_its_archive_was_read_through(
+    dsn: str, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is to be compared at an offset that nobody asked for: once more, and no new file meanwhile."""
+    with following(dsn, tmp_path):
+        pass
+    zipped(log)
+    real = Archive.step
+    monkeypatch.setattr(Archive, "step", lambda self, read_at, wanted: real(self, read_at, lambda _: ()))
+    with following(dsn, tmp_path) as rig:
+        assert not rig.health.reasons()
+    assert outcomes(dsn) == {"fact": 100}
+    assert [state for _, state, _ in states(dsn)] == ["final"]
+
+
 def test_the_live_log_does_not_wait_for_archives(dsn: str, tmp_path: Path, log: Path) -> None:
     with following(dsn, tmp_path) as rig:
         (tmp_path / "audit.jsonl.1").write_bytes(b"\n" * 30_000_000)

@@ -339,6 +339,18 @@ def test_a_copy_that_lacks_bytes_which_were_seen() -> None:
     }
 
 
+def test_what_cannot_be_compared_is_not_new() -> None:
+    """It begins like a generation that is out of sight, and is looked at again later."""
+
+    class Waiting(Disk):
+        def judge(self, position: Position, file: SeenFile) -> Verdict:
+            return Verdict.UNREADABLE
+
+    disk = Waiting({8: ("log.1.gz", b"abcd"), 9: ("log", b"xyz")})
+    found = match([known(1, b"abc", 7)], disk.seen(), disk, complete=True)
+    assert told(found) == {"missing": [1], "unread": [8], "new": [9]}
+
+
 def test_a_copy_is_not_read() -> None:
     files = {7: ("log", b"abcd"), 8: ("log.copy", b"abcd"), 9: ("log.save", b"abc")}
     assert matched([known(1, b"abc", 7)], files) == {"kept": {1: 7}, "copies": [8, 9]}
@@ -537,15 +549,16 @@ def test_incomplete_scan(positions: list[Position], disk: Disk) -> None:
 
 @given(generations(), disks, st.booleans())
 def test_known_content_is_not_new(positions: list[Position], disk: Disk, complete: bool) -> None:
-    """A file that agrees with what a generation has committed is read from its beginning only if it has more than the
-    file of that generation."""
+    """A file that agrees with what a generation has committed is read from its beginning only if it goes on otherwise
+    than the file of that generation, or further."""
     found = match(positions, disk.seen(), disk, complete=complete)
     held = {**found.kept, **found.matched}
     for file in found.new:
         for position in positions:
             if position.committed_offset > 0 and disk.judge(position, file) is Verdict.AGREES:
                 assert complete
-                assert file.size > held[position.file_id].size
+                original = disk.files[held[position.file_id].inode][1]
+                assert not original.startswith(disk.files[file.inode][1])
 
 
 @given(generations(), disks, st.booleans(), st.randoms(use_true_random=False))
