@@ -292,19 +292,17 @@ class Ledger:
         """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
         unfinished = [p for p in changes.updated if p.state is not FileState.FINAL]
         with wrapped(), self._session.transaction():
-            with self._session.pipeline():
-                cursor = self._session.cursor()
+            with self._session.pipeline() as pipeline:
+                cursor, moved = self._session.cursor(), self._session.cursor()
                 if unfinished:
                     cursor.executemany(query("delete_gaps_of_revived"), [_place(p) for p in unfinished])
                 if changes.gaps:
                     cursor.executemany(query("insert_gap"), [_gap(gap) for gap in changes.gaps])
-            moved = self._session.cursor()
-            if changes.updated:
-                moved.executemany(query("update_file"), [_place(position) for position in changes.updated])
-                if moved.rowcount != len(changes.updated):
-                    raise PositionMoved(
-                        f"{moved.rowcount} of {len(changes.updated)} files are where they were believed to be"
-                    )
+                if changes.updated:
+                    moved.executemany(query("update_file"), [_place(position) for position in changes.updated])
+                pipeline.sync()
+                if changes.updated and moved.rowcount != len(changes.updated):
+                    raise PositionMoved(f"{moved.rowcount} of {len(changes.updated)} files are where they were left")
             for file in changes.new:
                 self._insert_file(file)
 
