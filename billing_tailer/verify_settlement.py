@@ -99,14 +99,18 @@ def _differences(row: ReceiptRow, rules: Rules) -> Iterator[str]:
         yield "a receipt without an audit line"
     if call is None or call.receipt is None or row.source_system != SOURCE_SYSTEM:
         return
-    yield from receipt_differences(call, call.receipt)
-    yield from adjustment_differences(call, call.receipt)
+    seen = settle.evident(call)
+    yield from receipt_differences(seen, call.receipt)
+    yield from adjustment_differences(seen, call.receipt)
     if not row.is_touched:
         yield from _missing(call, rules)
 
 
 def receipt_differences(call: CallState, receipt: Receipt) -> Iterator[str]:
-    """Where a receipt is not the price of the records it names; of one that a person gave, of the cost it names."""
+    """Where a receipt is not the price of the records it names; of one that a person gave, of the cost it names.
+
+    call: with the records that decide it, which for a receipt by header are what the line says (`settle.evident`).
+    """
     known = {record.record_id for record in call.records}
     for record_id in receipt.record_ids:
         if record_id not in known:

@@ -117,3 +117,22 @@ def test_calls_that_wait_are_no_difference(verb: Verb, dsn: str, log: Path) -> N
     settle(dsn, log, lines(0, 3) + line(3, end_user=""), payload(0, 0.0), payload(3))
     answer = verb.json("verify", "--settlement")
     assert (answer["ok"], answer["receipts"], answer["facts"]) == (True, 0, 4)
+
+
+BY_HEADER = Rules(header_cost_max_usd=Decimal(1000))
+
+
+def test_receipts_by_header_are_proven_from_their_lines(verb: Verb, dsn: str, log: Path) -> None:
+    """Also back at LiteLLM's records, which say something else; one by hand among them; and a changed one is named."""
+    settle(dsn, log, lines(0, 3) + line(3, end_user=""), rules=BY_HEADER)
+    verb("adjust", call(1), "--credits", "-100", "--reason", "goodwill")
+    verb("exceptions", "release", call(3), "--cost-usd", "0.5", "--account", "account-1", "--reason", "r")
+    settle(dsn, log, b"", payload(0, 5.0), payload(3, 5.0))
+    for source in ("header", "litellm"):
+        verb.environment(COST_SOURCE=source)
+        answer = verb.json("verify", "--settlement")
+        assert (answer["differences"], answer["receipts"], answer["manual"]) == ([], 4, 1)
+    execute(dsn, f"update usage_facts set header_cost_usd = 0.000226 where call_id = '{call(2)}'")
+    execute(dsn, f"update usage_facts set provenance = 'stream' where call_id = '{call(1)}'")
+    differences = verb.json("verify", "--settlement", code=1)["differences"]
+    assert {one["call_id"] for one in differences} == {call(1), call(2)}
