@@ -324,3 +324,21 @@ def test_by_header_a_crash_forgets_nothing(dsn: str, tmp_path: Path, monkeypatch
     with following(dsn, tmp_path, rules=BY_HEADER) as rig:
         sweep(rig)
     assert (set(billed(dsn)), kinds(dsn)) == ({"call-00000001"}, {"call-00000002": "unattributed"})
+
+
+def test_the_source_of_costs_changes_while_calls_are_overdue(dsn: str, tmp_path: Path) -> None:
+    """Records that came under the header are looked at when LiteLLM's count again, and the header of what was overdue
+    for want of a record when that counts."""
+    log(tmp_path, line(1, upstream_content_type="text/event-stream", litellm_response_cost=""))
+    with following(dsn, tmp_path, rules=BY_HEADER, deadline_seconds=0) as rig:
+        sweep(rig)
+        spool(tmp_path, payload(1))
+        rig.turn()
+        assert (kinds(dsn), count(dsn, "touched_calls")) == ({"call-00000001": "overdue"}, 0)
+    log(tmp_path, line(2))
+    with following(dsn, tmp_path, deadline_seconds=0) as rig:
+        sweep(rig)
+        assert (set(billed(dsn)), kinds(dsn)) == ({"call-00000001"}, {"call-00000002": "overdue"})
+    with following(dsn, tmp_path, rules=BY_HEADER, deadline_seconds=0) as rig:
+        sweep(rig)
+    assert (set(billed(dsn)), kinds(dsn)) == ({"call-00000001", "call-00000002"}, {})

@@ -242,15 +242,18 @@ select current_setting('server_version') as server_version, current_user::text a
 -- Records have come, or waiting may be over: a sweep also finds what a crash between two transactions left behind.
 (select call_id from touched_calls order by call_id limit %(limit)s)
 union
+-- What was overdue for want of a record is not so by header, where the line says what the call costs.
 (select u.call_id from unsettled_facts u
  join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
+ cross join lateral (select coalesce(%(by_header)s and f.header_cost_usd > 0 and f.provenance = 'response'
+                                     and f.cache_key is null and f.status between 200 and 299, false) as by_line) h
  where not exists (select from call_exceptions e
                    where e.call_id = u.call_id and e.closed_at is null
-                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
+                     and (e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'conflict')
+                          or e.kind = 'overdue' and not h.by_line))
    and (u.committed_at < now() - make_interval(secs => %(deadline)s)
         or not %(by_header)s and exists (select from spend_records s where s.call_id = u.call_id)
-        or %(by_header)s and f.header_cost_usd > 0 and f.provenance = 'response' and f.cache_key is null
-           and f.status between 200 and 299)
+        or h.by_line)
  order by u.committed_at limit %(limit)s)
 
 -- name: with_records
@@ -318,8 +321,11 @@ from usage_facts where call_id = any(%(call_ids)s)
 on conflict do nothing
 
 -- name: doubtful_calls
-select distinct call_id from call_exceptions
-where closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'cost_mismatch')
+-- Overdue with records: they came while COST_SOURCE was `header`, which does not look at them.
+select distinct call_id from call_exceptions e
+where closed_at is null
+  and (kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'cost_mismatch')
+       or kind = 'overdue' and exists (select from spend_records s where s.call_id = e.call_id))
 
 -- name: forget_unsettled
 delete from unsettled_facts where call_id = any(%(call_ids)s)
