@@ -545,7 +545,7 @@ def _named(call: CallState, receipt: Receipt, release: Release, cost_usd: Decima
     evidence = {"record_ids": list(ids), "provider_cost_usd": f"{price.provider_cost_usd:f}"}
     return Adjustment(
         source_reference=receipt.source_reference,
-        evidence_hash=evidence_hash("release", ids, pricing.canonical(price.provider_cost_usd), len(call.adjustments)),
+        evidence_hash=named_hash(ids, price.provider_cost_usd, len(call.adjustments)),
         delta_credits=delta_credits,
         delta_cost_usd=delta_cost,
         reason=release.reason,
@@ -562,13 +562,24 @@ def adjust(call: CallState, delta_credits: int, delta_cost_usd: Decimal, reason:
     ids, delta_cost = _all_ids(evident(call).records), pricing.quantized(delta_cost_usd)
     return Adjustment(
         source_reference=call.fact.call_id,
-        evidence_hash=evidence_hash("adjust", ids, delta_credits, pricing.canonical(delta_cost), reason),
+        evidence_hash=adjusted_hash(ids, delta_credits, delta_cost, reason),
         delta_credits=delta_credits,
         delta_cost_usd=delta_cost,
         reason=reason,
         evidence={"record_ids": list(ids)},
         created_by=created_by,
     )
+
+
+def named_hash(ids: Sequence[str], provider_cost_usd: Decimal, earlier: int) -> str:
+    """The evidence hash of a release of a settled call. ids: of the records that were there; earlier: how many
+    adjustments there were before."""
+    return evidence_hash("release", ids, pricing.canonical(provider_cost_usd), earlier)
+
+
+def adjusted_hash(ids: Sequence[str], delta_credits: int, delta_cost_usd: Decimal, reason: str) -> str:
+    """The evidence hash of a person's correction. ids: of the records that were there."""
+    return evidence_hash("adjust", ids, delta_credits, pricing.canonical(delta_cost_usd), reason)
 
 
 def _known_to_a_person(call: CallState) -> frozenset[str] | None:

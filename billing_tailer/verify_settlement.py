@@ -182,7 +182,13 @@ def _evident_price(one: Adjustment, call: CallState, receipt: Receipt) -> pricin
         costs: Sequence[Decimal] = [record.cost_usd or Decimal(0) for record in named]
     elif "provider_cost_usd" in one.evidence:
         given = pricing.exact(one.evidence["provider_cost_usd"])
-        costs = [] if given is None else [given]
+        if given is None or one.evidence_hash not in [
+            settle.named_hash(ids, given, earlier) for earlier in range(len(call.adjustments))
+        ]:
+            return "its hash is not that of its evidence"
+        costs = [given]
+    elif one.evidence_hash != settle.adjusted_hash(ids, one.delta_credits, one.delta_cost_usd, one.reason):
+        return "its hash is not that of its amounts and its reason"
     else:
         return None
     price = pricing.price(costs, receipt.markup_factor)

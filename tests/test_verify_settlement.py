@@ -9,6 +9,7 @@ import pytest
 
 from billing_tailer.settle import Rules
 from tests.support.loglines import line, lines
+from tests.support.proof import rows
 from tests.support.spendlines import failure, payload
 from tests.support.verbs import Verb
 from tests.test_money_cli import call, settle
@@ -57,6 +58,7 @@ COPY = (
     "litellm_call_id, charged_credits, provider_cost_usd, user_cost_usd, markup_factor, provenance, "
     "spend_source, record_ids, charge_reason, receipt_kind, occurred_at from charge_receipts"
 )
+GOODWILL = f"where source_reference = '{call(4)}' and reason = 'goodwill'"
 BY_HAND = f"where source_reference = '{call(3)}'"
 
 
@@ -87,7 +89,9 @@ BY_HAND = f"where source_reference = '{call(3)}'"
             "not there",
         ),
         (f"update charge_receipts set user_cost_usd = 0.5, charged_credits = 5000000 {BY_HAND}", 3, "user_cost_usd"),
-        (f"update charge_adjustments set delta_credits = -99999 where source_reference = '{call(4)}'", 4, "comes to -"),
+        (f"update charge_adjustments set delta_credits = -99 {GOODWILL}", 4, "not that of its amounts"),
+        (f"update charge_adjustments set delta_cost_usd = -0.0001 {GOODWILL}", 4, "not that of its amounts"),
+        (f"update charge_adjustments set reason = 'x' {GOODWILL}", 4, "not that of its amounts and its reason"),
         (
             f"{COPY} {FIRST}",
             0,
@@ -101,6 +105,25 @@ def test_one_wrong_row_is_named(settled: Verb, dsn: str, statement: str, number:
     answer = settled.json("verify", "--settlement", code=1)
     assert {one["call_id"] for one in answer["differences"]} == {"" if number is None else call(number)}
     assert any(words in one["what"] for one in answer["differences"]), answer["differences"]
+
+
+def test_what_a_person_named_later_is_proven(verb: Verb, dsn: str, log: Path) -> None:
+    """A settled call is held by a later record, and two people name its cost one after the other."""
+    settle(dsn, log, lines(0, 2), payload(0))
+    for attempt, cost in ((1, "0.3"), (2, "0.2")):
+        settle(dsn, log, b"", payload(0, 0.0, attempt=attempt), payload(0, 0.0, attempt=attempt + 5))
+        verb("exceptions", "release", call(0), "--cost-usd", cost, "--reason", "r")
+        (state,) = rows(dsn, "select kind, closed_by is null as open from call_exceptions order by seq desc limit 1")
+        assert not state["open"]
+    assert verb.json("verify", "--settlement")["adjustments"] == 2
+    execute(
+        dsn,
+        """update charge_adjustments set evidence = evidence || '{"provider_cost_usd": "0.1"}',
+        delta_credits = delta_credits - 1000000, delta_cost_usd = delta_cost_usd - 0.1
+        where evidence->>'provider_cost_usd' like '0.2%'""",
+    )
+    (one,) = verb.json("verify", "--settlement", code=1)["differences"]
+    assert one["what"].endswith("its hash is not that of its evidence")
 
 
 def test_a_record_that_was_not_looked_at_yet_is_no_difference(settled: Verb, dsn: str, log: Path) -> None:
