@@ -92,6 +92,8 @@ def _add(proven: Proven, call: CallState, receipt: Receipt) -> None:
 def _differences(row: ReceiptRow, rules: Rules) -> Iterator[str]:
     if row.is_second:
         yield "two receipts"
+    elif row.source_system != SOURCE_SYSTEM:
+        yield f"a receipt of the source system {row.source_system}, which nothing here writes"
     if not row.has_details:
         yield "a receipt without charge details"
     call = row.call

@@ -59,6 +59,11 @@ COPY = (
     "spend_source, record_ids, charge_reason, receipt_kind, occurred_at from charge_receipts"
 )
 GOODWILL = f"where source_reference = '{call(4)}' and reason = 'goodwill'"
+INFORMED = (
+    f"delete from charge_receipts {FIRST}; delete from llm_charge_details {FIRST}; insert into call_exceptions "
+    f"(call_id, kind, seq, detail, closed_at, closed_by) "
+    f"values ('{call(0)}', 'model_mismatch', 1, '{{}}', now(), 'ann')"
+)
 BY_HAND = f"where source_reference = '{call(3)}'"
 
 
@@ -96,6 +101,12 @@ BY_HAND = f"where source_reference = '{call(3)}'"
             f"{COPY} {FIRST}",
             0,
             "two receipts",
+        ),
+        (f"update charge_receipts set source_system = 'other' {FIRST}", 0, "of the source system other"),
+        (
+            INFORMED,
+            0,
+            "it has no receipt",
         ),
         ("alter table charge_receipts drop constraint charge_receipts_pkey", None, "has no unique key"),
     ],

@@ -698,13 +698,17 @@ from charge_receipts r where (r.source_system, r.source_reference) > (%(system)s
 order by r.source_system, r.source_reference limit %(limit)s
 
 -- name: proof_unreceipted
--- Facts that nothing waits for any more, without a receipt and without a reason why there is none.
+-- Facts that nothing waits for any more, without a receipt and without a reason why there is none: attempts that
+-- failed and cost nothing, or what a person closed of that which keeps a call from having a receipt.
 with page as (select call_id from usage_facts where call_id > %(after)s order by call_id limit %(limit)s)
 select count(*) as n, max(call_id) as last, coalesce(array_agg(call_id) filter (where
     not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = page.call_id)
     and not exists (select from unsettled_facts u where u.call_id = page.call_id)
     and not exists (select from call_exceptions e where e.call_id = page.call_id
-                    and (e.kind = 'not_charged' and e.closed_at is null or e.closed_by <> 'settler'))), '{}') as odd
+                    and (e.kind = 'not_charged' and e.closed_at is null
+                         or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
+                                                                    'overdue', 'conflict', 'not_charged')))), '{}')
+           as odd
 from page
 
 -- name: proof_odd_details
