@@ -80,6 +80,7 @@ class _Open:
     retried: int = 0
     letters: int = 0
     conflicts: int = 0
+    retried_conflicts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +300,9 @@ class _Reading:
         one.facts += facts - retried
         one.retried += retried
         one.letters += len(letters)
-        one.conflicts += sum(piece.start <= start < piece.end and start not in letters for start, _ in placed.conflicts)
+        conflicts = [start for start, _ in placed.conflicts if piece.start <= start < piece.end]
+        one.retried_conflicts += len(letters.intersection(conflicts))
+        one.conflicts += len(conflicts) - len(letters.intersection(conflicts))
 
     def _close(self) -> None:
         """Compare a range that was read to its end with its row."""
@@ -319,7 +322,7 @@ class _Reading:
         for outcome, rows in (
             (Outcome.FACT, one.facts + (one.retried if rewound else 0)),
             (Outcome.DEAD_LETTER, one.letters),
-            (Outcome.CONFLICT, one.conflicts),
+            (Outcome.CONFLICT, one.conflicts + (one.retried_conflicts if rewound else 0)),
         ):
             counted = counts.get(outcome, 0)
             if not counted <= rows <= (lines if rewound else counted):

@@ -135,3 +135,24 @@ def test_wrong_usage(verb: Verb, dsn: str, log: Path) -> None:
     found = run_verb(environment, "dead-letters", "discard", letter, "--reason", "r", "--dry-run")
     assert (found.returncode, found.stderr, count(dsn, "dead_letters")) == (0, "", 1)
     assert verb.json("status", code=1)["dead_letters_open"] == 1
+
+
+def test_a_conflict_about_a_settled_call_is_looked_at(verb: Verb, dsn: str, log: Path) -> None:
+    """The letter's line names another account than the receipt's: corrections stop until somebody decides."""
+    other = line(1, uri="/v1/chat/completions?" + "x" * LIMIT, nginx_request_id="f" * 32, end_user="account-2")
+    settle(dsn, log, line(1) + other, payload(1))
+    (done,) = verb.json(*RETRY, *map(str, letters(dsn)), "--reason", "larger limit")
+    assert done["resolution"] == "retried: conflict"
+    settle(dsn, log, b"")
+    assert rows(dsn, "select call_id, kind from call_exceptions") == [{"call_id": call(1), "kind": "conflict"}]
+
+
+def test_a_conflict_at_the_place_of_a_letter(verb: Verb, dsn: str, log: Path) -> None:
+    """Given up, and then read again from the beginning, within the limit now."""
+    other = line(1, uri="/v1/chat/completions?" + "x" * LIMIT, nginx_request_id="f" * 32)
+    settle(dsn, log, line(1) + other)
+    verb("dead-letters", "discard", *map(str, letters(dsn)), "--reason", "r")
+    verb("offsets", "reset", f"{log}=beginning", "--reason", "larger limit")
+    settle(dsn, log, b"", line_bytes_max=2 * LIMIT)
+    assert outcomes(dsn) == {"replayed": 1, "conflict": 1}
+    assert verb.json("verify")["differences"] == []

@@ -64,4 +64,6 @@ def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | SkipRea
     if other[2]:
         return Outcome.REPLAYED
     connection.execute(query("insert_conflicts"), {"conflicts": [0]})
+    # the call may be settled: nobody else would look at it again
+    connection.execute(query("touch_calls"), {"call_ids": [becomes.fact.call_id]})
     return Outcome.CONFLICT
