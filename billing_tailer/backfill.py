@@ -33,7 +33,7 @@ from billing_tailer.plan import (
 )
 from billing_tailer.reader import Limits
 from billing_tailer.settler import Settler
-from billing_tailer.survivors import agrees
+from billing_tailer.survivors import GoOn, agrees, skip
 
 CONNECT_SECONDS_MAX = 10.0
 _NOTHING = hashlib.sha256(b"").digest()
@@ -77,28 +77,31 @@ def open_ledger(ledger: Ledger) -> None:
     ledger.open(tick=tick, may_stand_by=another)
 
 
-def refuse_followed(path: str, followed: Mapping[tuple[int, int], SeenFile], positions: list[Position]) -> None:
+def refuse_followed(
+    path: str, followed: Mapping[tuple[int, int], SeenFile], positions: list[Position], go_on: GoOn
+) -> None:
     """Raise ConfigError where a daemon reads the file itself. followed: the files that the globs match; positions: of
-    all daemons."""
+    all daemons; go_on: called while the file is looked at."""
     with LogStream(path) as stream:
         if not stream.compressed and stream.file.locator in followed:
             raise ConfigError(f"{path} stands in AUDIT_GLOBS", "the daemon reads it itself; nothing is to be done")
     for position in positions:
         reads_it = position.state in (FileState.LIVE, FileState.ROTATED, FileState.BLOCKED)
-        if reads_it and position.committed_offset and agrees(path, position):
+        if reads_it and position.committed_offset and agrees(path, position, go_on):
             raise ConfigError(
                 f"{path} has the content of {position.path} (file_id {position.file_id}), which a daemon reads itself",
                 "see `billing-tailer files`; backfill is for logs that no daemon follows",
             )
 
 
-def find(path: str, positions: list[Position]) -> Position | None:
-    """The generation that the file was read as before: by its content, or by its place where nothing is committed."""
+def find(path: str, positions: list[Position], go_on: GoOn) -> Position | None:
+    """The generation that the file was read as before: by its content, or by its place where nothing is committed.
+    go_on: called while the file is looked at."""
     with LogStream(path) as stream:
         locator = stream.file.locator
     for position in sorted(positions, key=lambda one: -one.committed_offset):
         empty = not position.committed_offset and (position.locator, position.path) == (locator, path)
-        if empty or (position.committed_offset and agrees(path, position)):
+        if empty or (position.committed_offset and agrees(path, position, go_on)):
             return position
     return None
 
@@ -117,11 +120,12 @@ class Backfill:
         """Read one file (escaped path) to its end. progress: told the stored bytes that were read. Raises OSError and
         TailerError; what was committed by then stays, and the next run goes on from there."""
         started = time.monotonic()
-        position = find(path, self._ledger.positions()) or self._register(path)
+        # the session that holds the lock must not fall silent while a large archive is read through
+        position = find(path, self._ledger.positions(), self._ledger.ping) or self._register(path)
         filled = Filled(path, position.file_id, position.committed_offset, position.committed_offset)
         self._row = None
         with LogStream(path) as stream:
-            stream.skip_to(max(0, position.committed_offset - FRONTIER_BYTES_MAX))
+            skip(stream, position.committed_offset - FRONTIER_BYTES_MAX, self._ledger.ping)
             context = stream.read(position.committed_offset - stream.offset)
             buffer, told, data = b"", 0, b"-"
             while data:

@@ -45,7 +45,7 @@ def backfill(files: Files, reason: Reason, by: By = None, dry_run: DryRun = Fals
             scan = LogFiles(settings.audit_globs, settings.open_files_max).scan()
             daemons = ledger.positions_of_daemons()
             for path in paths:
-                refuse_followed(path, {file.locator: file for file in scan.files}, daemons)
+                refuse_followed(path, {file.locator: file for file in scan.files}, daemons, ledger.ping)
             parse = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
             with progress_bar("reading", sum(map(_size, paths))) as bar:
                 if dry_run:
@@ -100,7 +100,7 @@ def _looked_at(
     path: str, ledger: Ledger, parse: Parse, settings: Settings, progress: Callable[[int], None]
 ) -> dict[str, Any]:
     """What a file would become, as far as its lines say."""
-    position = find(path, ledger.positions())
+    position = find(path, ledger.positions(), ledger.ping)
     start = 0 if position is None else position.committed_offset
     counts: Counter[str] = Counter()
     with LogStream(path) as stream:

@@ -12,6 +12,9 @@ from billing_tailer.files import LogStream, directory_of, regular_files
 from billing_tailer.ledger import Generation
 from billing_tailer.model import HEAD_BYTES_MAX, FileState, Position, SeenFile
 
+GoOn = Callable[[], None]
+SKIP_BYTES = 8 << 20
+
 
 @dataclass(slots=True)
 class Survivors:
@@ -93,19 +96,30 @@ def _agrees(position: Position, one: _Candidate) -> bool:
     return one.trouble is None and one.head.startswith(position.head) and agrees(one.file.path, position)
 
 
-def agrees(path: str, position: Position) -> bool:
+def agrees(path: str, position: Position, go_on: GoOn = lambda: None) -> bool:
     """Whether a file (escaped path) begins with all that is committed of a generation, by head and frontier. Inode
-    numbers are reused at once: the content decides."""
+    numbers are reused at once: the content decides. go_on: see `skip`."""
     start = position.committed_offset - position.frontier_bytes
     try:
         with LogStream(path) as stream:
             head = stream.read(min(len(position.head), start))
-            stream.skip_to(start)
+            if not position.head.startswith(head):
+                return False
+            skip(stream, start, go_on)
             frontier = stream.read(position.frontier_bytes)
     except OSError:
         return False
     same_head = (head + frontier[: len(position.head) - len(head)]) == position.head
     return same_head and hashlib.sha256(frontier).digest() == position.frontier_sha256
+
+
+def skip(stream: LogStream, offset: int, go_on: GoOn) -> None:
+    """Go forward to an offset, or to the end. go_on: called every moment, since what is compressed takes its time."""
+    before = -1
+    while before < stream.offset < offset:
+        go_on()
+        before = stream.offset
+        stream.skip_to(min(offset, before + SKIP_BYTES))
 
 
 def _named_after(position: Position, one: _Candidate) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from billing_tailer.errors import LedgerUnavailable
-from billing_tailer.ledger import Ledger
+from billing_tailer.ledger import Ledger, writer
 from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
@@ -204,3 +204,18 @@ def test_known_calls_are_replayed(verb: Verb, dsn: str, log: Path) -> None:
     assert done["outcomes"] == {"fact": 1, "replayed": 300}
     assert count(dsn, "usage_facts") == 301
     assert verb.json("verify")["ok"]
+
+
+def test_a_large_archive_is_gone_on_with(
+    verb: Verb, dsn: str, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To find its place again takes longer than Postgres lets the session that holds the lock be silent."""
+    monkeypatch.setattr(writer, "IDLE_SECONDS", 0.3)
+    monkeypatch.setattr(writer, "PING_SECONDS", 0.02)
+    head, large = gzip.compress(line(1)), gzip.compress(b"x" * (8 << 20), 1) * 40 + gzip.compress(b"\n")
+    old = archived(log, b"", "old.jsonl.gz")
+    Path(old).write_bytes(head + large)
+    assert verb.json("backfill", old, *WHY)[0]["outcomes"] == {"fact": 1, "dead_letter": 1}
+    Path(old).write_bytes(head + large + gzip.compress(line(2)))
+    (done,) = verb.json("backfill", old, *WHY)
+    assert (done["outcomes"], done["file_id"]) == ({"fact": 1}, 1)
