@@ -249,8 +249,8 @@ union
                                      and f.cache_key is null and f.status between 200 and 299, false) as by_line) h
  where not exists (select from call_exceptions e
                    where e.call_id = u.call_id and e.closed_at is null
-                     and (e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'conflict')
-                          or e.kind = 'overdue' and not h.by_line))
+                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict')
+                     and (e.kind <> 'overdue' or not h.by_line))
    and (u.committed_at < now() - make_interval(secs => %(deadline)s)
         or not %(by_header)s and exists (select from spend_records s where s.call_id = u.call_id)
         or h.by_line)
