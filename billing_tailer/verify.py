@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 4 << 20
 WINDOW_LINES = 20_000
 """Bounds of what is held in memory at once, but for one line, which is never held."""
+LINES_MAX = 2 * WINDOW_LINES
+"""Where a window has more lines than this, other bytes were committed, and only the lines that rows name are held."""
 DIFFERENCES_MAX = 100
 """Most differences of one generation that are named; the others are counted."""
 
@@ -209,8 +211,10 @@ class _Reading:
         placed = self._ledger.placed(self._position.file_id, start, end)
         for piece in pieces:
             self._count(piece, memoryview(data)[piece.start - start : piece.end - start], placed)
-        lines = self._lines(data)
-        rows, self._waiting = (self._waiting + _Rows.of(placed)).split(self._line_start)
+        rows = self._waiting + _Rows.of(placed)
+        many = data.count(b"\n") > LINES_MAX
+        lines = self._named_lines(data, rows) if many else self._lines(data)
+        rows, self._waiting = rows.split(self._line_start)
         self._check_rows(rows, lines)
         self._check_hashes(rows, lines, data)
         self.at = end
@@ -232,6 +236,19 @@ class _Reading:
             return {}
         lines = dict(zip([self._line_start, *ends[:-1]], ends, strict=True))
         self._line_start = ends[-1]
+        return lines
+
+    def _named_lines(self, data: bytes, rows: "_Rows") -> dict[int, int]:
+        """As `_lines`, but only the first one and those at whose beginning a row stands."""
+        lines: dict[int, int] = {}
+        named = {*rows.fact_starts, *(row[0] for row in rows.letters), *(row[0] for row in rows.conflicts)}
+        for start in (self._line_start, *sorted(named - {self._line_start})):
+            at = max(0, start - self.at)
+            if start == self._line_start or data[at - 1 : at] == b"\n":
+                end = data.find(b"\n", at) + 1
+                if end:
+                    lines[start] = self.at + end
+        self._line_start = self.at + data.rfind(b"\n") + 1
         return lines
 
     def _end_line(self) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import os
 import random
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import psycopg
 import pytest
 
 from billing_tailer import verify as verifying
+from billing_tailer.files import regular_files
 from billing_tailer.ledger import proofs
 from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
@@ -250,3 +252,35 @@ def test_inode_numbers_prove_nothing(verb: Verb, dsn: str, log: Path) -> None:
     execute(dsn, f"update tail_files set inode = s.i[3 - file_id] from ({swap}) s")
     answer = verb.json("verify")
     assert [one["found_at"] for one in answer["generations"]] == [f"{log}.1", str(log)]
+
+
+def test_more_lines_than_were_committed_need_no_memory(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was overwritten with newlines; and the short way finds what the long one finds."""
+    follow(dsn, log, lines(0, 3000) + b"bad\n" + lines(3000, 5000))
+    content = log.read_bytes()
+
+    monkeypatch.setattr(verifying, "DIFFERENCES_MAX", 10_000)
+
+    def differences() -> set[str]:
+        with proofs(dsn, "billing", "default") as ledger:
+            (generation,) = ledger.generations()
+            seen, _ = regular_files([str(log.parent)])
+            return {one.what for one in verifying.verify(generation, seen[0], ledger).differences}
+
+    log.write_bytes(b"\n" * len(content))
+    tracemalloc.start()
+    try:
+        found = differences()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert {"a fact where no line is", "a dead letter where no line is"} <= found
+    assert peak < 48 << 20
+    log.write_bytes(content)
+    assert differences() == set()
+    monkeypatch.setattr(verifying, "LINES_MAX", -1)
+    assert differences() == set()
+    log.write_bytes(content.replace(b"bad", b"b\nd").replace(b"account-1", b"account\n1", 1))
+    named = differences()
+    monkeypatch.setattr(verifying, "LINES_MAX", 1 << 30)
+    assert named == differences() >= {"a fact where no line is", "a dead letter where no line is"}
