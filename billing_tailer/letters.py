@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billing_tailer.files import LogStream
-from billing_tailer.model import PlacedFact, PlacedRecord, Rejected, SeenFile, Skip, SkipReason, UsageFact
+from billing_tailer.model import PlacedFact, PlacedRecord, Rejected, SeenFile, Skip, UsageFact
 from billing_tailer.plan import Parse
 
 
@@ -19,7 +19,7 @@ class Unread:
 
 def read_again(
     letter: Mapping[str, Any], find: Callable[[int], SeenFile | None], parse: Parse, line_bytes_max: int
-) -> PlacedFact | PlacedRecord | SkipReason | Unread:
+) -> PlacedFact | PlacedRecord | Skip | Unread:
     """What the line of a dead letter (a row with its bytes) is today. find: the file of a generation, asked only where
     not all of the bytes were kept. line_bytes_max: longest line, in bytes without its newline."""
     length = letter["end_offset"] - letter["start_offset"]
@@ -37,7 +37,7 @@ def read_again(
     if isinstance(outcome, Rejected):
         return Unread(f"still {outcome.reason}: {outcome.detail}")
     if isinstance(outcome, Skip):
-        return outcome.reason
+        return outcome
     if isinstance(outcome, UsageFact):
         return PlacedFact(outcome, *place, letter["end_offset"])
     return PlacedRecord(outcome, *place)

@@ -42,8 +42,8 @@ LIBPQ_NAMES = ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGDATABASE")
 
 HEADER_LIMITS = (
     "calls are charged by the header x-litellm-response-cost: streams, cache hits, failures and answers without a cost "
-    "in it are not charged and become overdue, what failed attempts cost is not seen, tokens are not known, nothing is "
-    "corrected later, and LiteLLM's callbacks and spend logs are not used"
+    "in it are not charged and become overdue, what failed attempts and second requests under one call id cost is not "
+    "seen, tokens are not known, nothing is corrected later, and LiteLLM's callbacks and spend logs are not used"
 )
 """What COST_SOURCE=header gets wrong, for whoever asks for it."""
 OFFSET_MAX = 2**63 - 1  # Postgres bigint

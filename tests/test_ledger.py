@@ -1,6 +1,7 @@
 """The writing session: one transaction per plan, compare-and-set, overlap, the lock, the border for errors."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,12 +13,13 @@ import pytest
 from billing_tailer import audit, plan
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, RowRejected
 from billing_tailer.files import Chunk, LogFiles
-from billing_tailer.ledger import Changes, Ledger, NewFile, migrate, migrations, reason_of, reports
-from billing_tailer.ledger.connection import connect
+from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
+from billing_tailer.ledger.connection import connect, wrapped
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX
-from billing_tailer.model import Plan, Position
+from billing_tailer.model import FileStep, Plan, Position
 from billing_tailer.plan import FileWork, OpenRow
 from billing_tailer.settings import LLM_ROUTES
+from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -264,3 +266,39 @@ def test_the_hot_statements_use_their_keys(ledger: Ledger, start: Position, dsn:
         ):
             found = other.execute(f"explain {statement}").fetchall()
             assert index in str(found)
+
+
+def test_a_deadlock_is_taken_through_staging(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sessions that insert the same calls in another order, as the daemon and a backfill do."""
+    log = tmp_path / "audit.jsonl"
+    log.write_bytes(lines(0, 60))
+    real, tries = Ledger._commit_new, []
+
+    def wait(other: psycopg.Connection, row: str) -> None:
+        other.execute(row.encode(), ("a",))
+        other.close()
+
+    def waiting_for_each_other(self: Ledger, plan: Plan) -> tuple[FileStep, ...]:
+        """The other session has the last call and waits for the first."""
+        tries.append(1)
+        other = psycopg.connect(dsn, autocommit=False)
+        other.execute("set search_path to billing; set deadlock_timeout to '10s'")
+        row = "insert into skipped_calls (call_id, file_id, start_offset) values (%s, 1, 0)"
+        other.execute(row, ("b",))
+        self._session.execute("set deadlock_timeout to '20ms'")
+        with wrapped(), self._session.transaction():
+            self._session.execute(row, ("a",))
+            threading.Thread(target=wait, args=(other, row)).start()
+            time.sleep(0.2)
+            try:
+                self._session.execute(row, ("b",))
+            finally:
+                monkeypatch.setattr(Ledger, "_commit_new", real)
+        raise AssertionError("no deadlock")
+
+    monkeypatch.setattr(Ledger, "_commit_new", waiting_for_each_other)
+    with following(dsn, tmp_path) as rig:
+        assert rig.ledger.state is LedgerState.ACTIVE
+    assert tries == [1]
+    assert outcomes(dsn) == {"fact": 60}
+    assert_sound(dsn)

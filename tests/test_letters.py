@@ -7,6 +7,8 @@ from pathlib import Path
 import psycopg
 import pytest
 
+from billing_tailer.settler import Settler
+from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.spendlines import payload, spool_line
@@ -156,3 +158,28 @@ def test_a_conflict_at_the_place_of_a_letter(verb: Verb, dsn: str, log: Path) ->
     settle(dsn, log, b"", line_bytes_max=2 * LIMIT)
     assert outcomes(dsn) == {"replayed": 1, "conflict": 1}
     assert verb.json("verify")["differences"] == []
+
+
+def test_a_skip_by_retry_is_remembered(verb: Verb, dsn: str, log: Path) -> None:
+    """A spend record under its id is to raise the alarm, as for a line that was skipped at once."""
+    refused = line(1, status="401", litellm_call_id="", call_id="call-00000001", extra="x" * 3000)
+    settle(dsn, log, refused, line_bytes_max=2000)
+    verb("dead-letters", "retry", "1", "--reason", "a longer limit")
+    assert [row["call_id"] for row in rows(dsn, "select call_id from skipped_calls")] == ["call-00000001"]
+
+
+def test_a_crash_between_a_conflict_and_its_decision(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call is settled: only the list of touched calls brings it back."""
+    settle(dsn, log, line(1), payload(1))
+    with monkeypatch.context() as patch, log.open("ab") as out:
+        patch.setattr(Settler, "after_commit", lambda *_: None)
+        patch.setattr(Settler, "turn", lambda *_: False)
+        out.write(line(1, nginx_request_id="f" * 32, end_user="account-2"))
+        out.flush()
+        with following(dsn, log.parent):
+            pass
+    assert count(dsn, "call_conflicts") == 1
+    settle(dsn, log, b"")
+    assert [row["kind"] for row in rows(dsn, "select kind from call_exceptions where closed_at is null")] == [
+        "conflict"
+    ]

@@ -12,7 +12,7 @@ from billing_tailer.errors import RowRejected, TailerError
 from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
 from billing_tailer.ledger.records import insert_records
 from billing_tailer.ledger.writer import COLUMNS
-from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, SkipReason
+from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, Skip
 
 DISCARDED = "discarded"
 _COLUMNS = sql.SQL(", ".join(COLUMNS))
@@ -24,7 +24,7 @@ def decide_letter(
     connection: Connection,
     schema: str,
     dead_letter_id: int,
-    becomes: PlacedFact | PlacedRecord | SkipReason | None,
+    becomes: PlacedFact | PlacedRecord | Skip | None,
     *,
     by: str,
     reason: str,
@@ -36,7 +36,7 @@ def decide_letter(
     try:
         with wrapped(), connection.transaction(force_rollback=dry_run):
             connection.execute(query("deciding"), {"key": lock_key("decide", schema)})
-            resolution = DISCARDED if becomes is None else f"retried: {_insert(connection, becomes)}"
+            resolution = DISCARDED if becomes is None else f"retried: {_insert(connection, becomes, dead_letter_id)}"
             words = {"dead_letter_id": dead_letter_id, "resolution": resolution, "by": by, "reason": reason}
             if connection.execute(query("resolve_letter"), words).rowcount != 1:
                 raise TailerError(f"dead letter {dead_letter_id} was decided meanwhile", "look again with `show`")
@@ -45,10 +45,13 @@ def decide_letter(
     return resolution
 
 
-def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | SkipReason) -> str:
+def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | Skip, dead_letter_id: int) -> str:
     """Insert what a line is, as a batch would; returns its outcome."""
-    if isinstance(becomes, SkipReason):
-        return becomes
+    if isinstance(becomes, Skip):
+        if becomes.call_id is not None:
+            values = {"call_id": becomes.call_id, "dead_letter_id": dead_letter_id}
+            connection.execute(query("insert_skipped_letter"), values)
+        return becomes.reason
     if isinstance(becomes, PlacedRecord):
         return Outcome.SPEND_RECORD if insert_records(connection, [becomes]) else Outcome.REPLAYED
     connection.execute(query("create_staging"))

@@ -19,7 +19,7 @@ from billing_tailer.ledger.connection import Connection, connect, query, require
 from billing_tailer.ledger.letters import decide_letter
 from billing_tailer.ledger.news import announce
 from billing_tailer.ledger.runs import WINDOW_COUNTS
-from billing_tailer.model import PlacedFact, PlacedRecord, SkipReason
+from billing_tailer.model import PlacedFact, PlacedRecord, Skip
 from billing_tailer.settle import CallState, Decision
 
 HOUR = timedelta(hours=1)
@@ -156,7 +156,7 @@ class Operator:
     def decide_letter(
         self,
         dead_letter_id: int,
-        becomes: PlacedFact | PlacedRecord | SkipReason | None,
+        becomes: PlacedFact | PlacedRecord | Skip | None,
         *,
         by: str,
         reason: str,

@@ -31,6 +31,7 @@ from billing_tailer.ledger.connection import (
     lock_key,
     may_change_money,
     query,
+    reason_of,
     require_schema,
     wrapped,
 )
@@ -65,6 +66,7 @@ OTHER_VOLUME_SECONDS = 3.0
 """So long the volume may show none of the recorded files before it is taken for another one."""
 WAIT_SECONDS_MAX = 1.0
 LETTERS_COUNTED_MAX = 10_000
+DEADLOCK_ATTEMPTS = 5
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
 SKIPPED_CALLS_MAX = 200_000
@@ -360,12 +362,22 @@ class Ledger:
     def commit(self, plan: Plan) -> Committed:
         """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written."""
         started = time.monotonic()
-        try:
-            steps = self._commit_staged(plan) if plan.overlapping else self._commit_new(plan)
-        except Overlap:
-            steps = self._commit_staged(plan)
+        steps = self._commit_once(plan, staged=plan.overlapping, attempts=DEADLOCK_ATTEMPTS)
         self._last_proof = time.monotonic()
         return Committed(steps, tuple(step.after() for step in steps), self._last_proof - started)
+
+    def _commit_once(self, plan: Plan, *, staged: bool, attempts: int) -> tuple[FileStep, ...]:
+        """Direct first; through staging where calls are known, or where another session (a backfill of the same calls)
+        and we waited for each other, which staging, in the order of call ids, does not do with its like."""
+        try:
+            return self._commit_staged(plan) if staged else self._commit_new(plan)
+        except Overlap:
+            if staged:
+                raise
+        except LedgerUnavailable as error:
+            if reason_of(error) != "deadlock_detected" or not attempts:
+                raise
+        return self._commit_once(plan, staged=True, attempts=attempts - 1)
 
     def _commit_new(self, plan: Plan) -> tuple[FileStep, ...]:
         """The common case: no call is known yet. A unique violation rolls everything back."""
@@ -406,6 +418,9 @@ class Ledger:
             steps, conflicts = _sort_out(plan, steps, others)
             if conflicts:
                 session.execute(query("insert_conflicts"), {"conflicts": conflicts})
+                # the call may be settled: after a crash right now nobody else would look at it again
+                ids = [plan.facts[number].fact.call_id for number in conflicts]
+                session.execute(query("touch_calls"), {"call_ids": ids})
             with session.pipeline() as pipeline:
                 self._write_positions(plan, steps, pipeline)
         return steps

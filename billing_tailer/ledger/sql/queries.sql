@@ -54,6 +54,11 @@ insert into skipped_calls (call_id, file_id, start_offset)
 select * from unnest(%(call_id)s::text[], %(file_id)s::bigint[], %(start_offset)s::bigint[])
 on conflict do nothing
 
+-- name: insert_skipped_letter
+insert into skipped_calls (call_id, file_id, start_offset)
+select %(call_id)s, file_id, start_offset from dead_letters where dead_letter_id = %(dead_letter_id)s
+on conflict do nothing
+
 -- name: forget_skipped
 delete from skipped_calls where seq <= (select max(seq) from skipped_calls) - %(kept)s
 
