@@ -7,10 +7,10 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -23,8 +23,9 @@ from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.letters_cli import discard, retry
-from billing_tailer.model import FileState, Position
-from billing_tailer.money_cli import money
+from billing_tailer.model import FileState
+from billing_tailer.money_cli import By, money, person_named, said
+from billing_tailer.offsets_cli import accept_gap, adopt, file_rows, offsets_list
 from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
 from billing_tailer.proof_cli import print_safe_to_delete, proof
 from billing_tailer.resets import newest_at, parse_request, plan_reset
@@ -106,8 +107,7 @@ def status(as_json: AsJson = False) -> None:
         positions = ledger.positions()
         totals = {**ledger.totals(), **ledger.settlement()}
         owner = ledger.active_owner()
-    sizes = _sizes(settings, positions)
-    rows = [_file_row(position, sizes) for position in positions]
+    rows = file_rows(settings, positions)
     blocked = [row["path"] for row in rows if row["state"] == FileState.BLOCKED]
     answer = {
         "source_id": settings.source_id,
@@ -135,29 +135,28 @@ def files(
     """Every generation of every file, oldest first."""
     if safe_to_delete:
         print_safe_to_delete(load(), as_json)
-    _print_positions(as_json)
+    offsets_list(as_json)
 
 
-@offsets.command("list")
-def offsets_list(as_json: AsJson = False) -> None:
-    """Committed offsets, sizes and lag."""
-    _print_positions(as_json)
+offsets.command("list")(offsets_list)
+offsets.command("accept-gap")(accept_gap)
+offsets.command("adopt")(adopt)
 
 
 @offsets.command("reset")
 def offsets_reset(
     request: Annotated[str, typer.Argument(metavar="PATH=beginning|end|BYTE")],
     reason: Reason,
+    by: By = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Read a file again from somewhere, or skip a part of it (declared as a gap). A running daemon adopts it."""
     settings = load()
     wanted = parse_request(request)
-    if not reason.strip():
-        raise ConfigError("--reason is empty", "say why the offset is moved: it is kept with the change")
+    words = {"reason": said("--reason", reason), "by": person_named(by)}
     with _reports(settings) as ledger:
-        reset = _reset(settings, ledger, wanted, reason, dry_run=dry_run)
+        reset = _reset(settings, ledger, wanted, dry_run=dry_run, **words)
     answer = {
         "reset_id": None if dry_run else reset.reset_id,
         "applied": not dry_run,
@@ -172,10 +171,10 @@ def offsets_reset(
         print_pairs(answer)
 
 
-def _reset(settings: Settings, ledger: Reports, wanted: OffsetReset, reason: str, *, dry_run: bool) -> Reset:
+def _reset(settings: Settings, ledger: Reports, wanted: OffsetReset, reason: str, by: str, *, dry_run: bool) -> Reset:
     """Plan and apply a reset, again and again while a busy daemon moves the offset in between."""
     log_files = LogFiles(settings.audit_globs, settings.open_files_max)
-    words = {"reset_id": f"cli-{uuid.uuid4()}", "source": "cli", "reason": reason}
+    words = {"reset_id": f"cli-{uuid.uuid4()}", "source": "cli", "reason": reason, "by": by}
     deadline = time.monotonic() + RESET_SECONDS_MAX
     while True:
         position = newest_at(ledger.positions(), wanted.path)
@@ -233,36 +232,3 @@ def _reports(settings: Settings) -> Iterator[Reports]:
         reports(dsn, settings.db_schema, settings.source_id) as ledger,
     ):
         yield ledger
-
-
-def _sizes(settings: Settings, positions: Sequence[Position]) -> dict[tuple[int, int], int]:
-    """Sizes of the files in sight; empty where the volume is not mounted, which is no reason not to answer."""
-    scan = LogFiles(settings.audit_globs, settings.open_files_max).scan({p.locator for p in positions})
-    return {file.locator: file.size for file in scan.files}
-
-
-def _file_row(position: Position, sizes: dict[tuple[int, int], int]) -> dict[str, Any]:
-    superseded = position.state is FileState.FINAL
-    size = None if superseded else sizes.get(position.locator)
-    return {
-        "file_id": position.file_id,
-        "path": position.path,
-        "generation": position.generation,
-        "state": str(position.state),
-        "blocked_reason": position.blocked_reason,
-        "committed_offset": position.committed_offset,
-        "size": size,
-        "lag_bytes": None if size is None else max(0, size - position.committed_offset),
-        "last_commit_at": None if position.last_commit_at is None else position.last_commit_at.isoformat(),
-        "first_seen_at": None if position.first_seen_at is None else position.first_seen_at.isoformat(),
-        "previous_file_id": position.previous_file_id,
-    }
-
-
-def _print_positions(as_json: bool) -> None:
-    settings = load()
-    with _reports(settings) as ledger:
-        positions = ledger.positions()
-    sizes = _sizes(settings, positions)
-    columns = ["file_id", "path", "generation", "state", "blocked_reason", "committed_offset", "size", "lag_bytes"]
-    print_rows([_file_row(position, sizes) for position in positions], columns, as_json)

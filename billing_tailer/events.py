@@ -96,7 +96,9 @@ class Events:
             registry=registry,
         )
         self._failures = counter("commit_failures_total", "Failed commits by reason", "reason")
-        self._resets = counter("offset_resets_total", "Offsets reset by an operator", "source")
+        self._resets = counter(
+            "offset_resets_total", "Offsets moved, and missing or blocked files decided, by an operator", "source"
+        )
         self._pending = gauge("pending_calls", "Calls without a receipt that may still get one")
         self._oldest_pending = gauge(
             "oldest_pending_timestamp_seconds", "Since when the longest waiting call is committed; NaN if none waits"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from billing_tailer.events import Events
 from billing_tailer.files import LogFiles, Scan, escape_path
 from billing_tailer.health import Health
-from billing_tailer.identity import Matching, match
+from billing_tailer.identity import Matching, deciding_commands, match
 from billing_tailer.ledger import Changes, Ledger, NewFile
 from billing_tailer.model import HEAD_BYTES_MAX, FileState, Position, SeenFile
 
@@ -284,7 +284,11 @@ class Follower:
                 *scan.broken,
                 *self._unreadable,
                 *(f"{path}: cannot be read" for path in sorted(unread)),
-                *(f"{p.path}: blocked, {p.blocked_reason}, at byte {p.committed_offset}" for p in blocked),
+                *(
+                    f"{p.path}: blocked, {p.blocked_reason}, at byte {p.committed_offset}; decide it with "
+                    f"{' or '.join(f'`{command}`' for command in deciding_commands(p))}"
+                    for p in blocked
+                ),
                 *(
                     f"{file.path}: has more than the file it has replaced; read once that one is silent"
                     for file in matching.longer

@@ -7,7 +7,8 @@ A generation is found again only where locator (device, inode), head and frontie
 
 1. a file that keeps its locator and agrees keeps its `file_id`;
 2. a generation without its file may be matched to a file without a generation whose head and frontier agree (it was
-   copied, restored or moved to another device); several such files block it as `ambiguous`;
+   copied, restored or moved to another device); several such files block it as `ambiguous`, unless it is final: nothing
+   waits for a decision then, and they are new;
 3. a file that agrees with a generation still held by its own inode is a copy, and is not read; nor is one that agrees
    with a generation that is blocked, cannot be read, or may be where the scan could not look. A copy that has other
    bytes than its original, or more, goes its own way: it is read from 0, and the calls that both tell of are replays.
@@ -198,13 +199,18 @@ def _match_by_content(
             if verdict is Verdict.AGREES:
                 claims.setdefault(file_id, []).append(files[locator])
     claimants = [position for position in loose if position.file_id in claims]
+    ended = {position.file_id for position in loose if position.state is FileState.FINAL}
     for position in sorted(claimants, key=lambda p: (p.state is FileState.FINAL, -p.committed_offset, p.file_id)):
         found = [file for file in claims[position.file_id] if file.locator in files]
+        if position.state is FileState.FINAL:  # it waits for nothing: a copy of what another one has stays that
+            found = [file for file in found if agreeing[file.locator].keys() <= ended - result.matched.keys()]
         # what is only held open counts where no directory shows another one, what is compressed where nothing else is
         found = [file for file in found if file.listed] or found
         candidates = [file for file in found if not file.compressed] or found
         if all(file.compressed and file.size <= position.committed_offset for file in candidates):
             candidates = candidates[:1]  # there is nothing to be read in any of them
+        if len(candidates) > 1 and position.state is FileState.FINAL:
+            continue  # an operator gave up its rest, or it was lost: what they share are replays
         if len(candidates) == 1:
             result.matched[position.file_id] = candidates[0]
         elif candidates:
@@ -327,3 +333,15 @@ def lost(position: Position, reason: GapReason, *, found_to: int | None = None) 
         return Gap(position.file_id, start, position.size_seen, reason) if start < position.size_seen else None
     end = position.size_seen if position.size_seen > position.committed_offset else None
     return Gap(position.file_id, position.committed_offset, end, reason)
+
+
+def deciding_commands(position: Position) -> tuple[str, ...]:
+    """What an operator may type to decide a generation that is not read, the likelier first; none where nothing is to
+    be decided."""
+    accept = f"billing-tailer offsets accept-gap {position.file_id} --reason TEXT"
+    adopt = f"billing-tailer offsets adopt {position.file_id} PATH --reason TEXT"
+    if position.blocked_reason is BlockReason.OFFSET_PAST_END:
+        return accept, adopt
+    if position.state in (FileState.BLOCKED, FileState.MISSING):
+        return adopt, accept
+    return ()

@@ -49,6 +49,7 @@ class GapReason(StrEnum):
     START_AT = "start_at"
     SKIPPED = "skipped"
     HOLE = "hole"
+    ACCEPTED = "accepted"
 
 
 class BlockReason(StrEnum):

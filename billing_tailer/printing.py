@@ -1,7 +1,7 @@
 """How verbs print: JSON for programs, aligned text for people, never what a stranger's log line tells a terminal."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
@@ -33,8 +33,13 @@ def plain(value: Any) -> Any:
             return value
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool) -> None:
-    """Rows, all of their fields as JSON, or these columns for people."""
+def print_rows(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    as_json: bool,
+    notes: Callable[[Mapping[str, Any]], Iterable[str]] = lambda _: (),
+) -> None:
+    """Rows, all of their fields as JSON, or these columns for people, with lines of notes below a row."""
     if as_json:
         print(json.dumps(rows))
         return
@@ -44,8 +49,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_jso
     # not rich's Table, which cuts paths to fit 80 columns where there is no terminal
     table = [columns, *([text(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    for cells in table:
+    for cells, row in zip(table, (None, *rows), strict=True):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip())
+        for note in () if row is None else notes(row):
+            print(f"{'':<{widths[0]}}  {text(note)}")
 
 
 def print_pairs(pairs: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ def plan_reset(
     reset_id: str,
     source: str,
     reason: str,
+    by: str | None = None,
 ) -> Reset:
     """Think a reset through, with the file open. Raises ConfigError where it cannot be done, naming the next step.
 
@@ -61,7 +62,7 @@ def plan_reset(
             f"offset reset {request}: cannot read {file.path}: {error.strerror}",
             "make the file readable, then try again",
         ) from None
-    return Reset(reset_id, position, str(request), place, source, reason)
+    return Reset(reset_id, position, str(request), place, source, reason, by)
 
 
 def _file_of(position: Position, files: LogFiles) -> SeenFile:

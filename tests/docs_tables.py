@@ -85,6 +85,7 @@ GAPS: Mapping[StrEnum, str] = {
     GapReason.START_AT: "left out by `START_AT=end`",
     GapReason.SKIPPED: "left out by an operator's offset reset",
     GapReason.HOLE: "NUL bytes where a line should begin, two seconds after something followed them",
+    GapReason.ACCEPTED: "given up by an operator (`offsets accept-gap`), of a file that was missing or blocked",
 }
 BLOCKS: Mapping[StrEnum, str] = {
     BlockReason.OFFSET_PAST_END: "the file is shorter than what is committed of it, and begins with the same bytes",
@@ -96,8 +97,8 @@ STATES: Mapping[StrEnum, str] = {
     FileState.MISSING: "not in sight, which proves nothing: position and facts stay as they are",
     FileState.BLOCKED: "not read until an operator decides",
     FileState.FINAL: (
-        "its content is gone from its place, or it was deleted, committed and silent for a day: nothing more is read, "
-        "unless it appears again"
+        "its content is gone from its place, it was deleted, committed and silent for a day, or an operator gave up "
+        "its rest: nothing more is read, unless it appears again"
     ),
 }
 EXIT_CODES: Mapping[int, str] = {
@@ -184,7 +185,7 @@ TABLES: Mapping[str, str] = {
     "tail_batches": "which byte ranges are committed, their SHA-256 and how many lines of them had which outcome",
     "log_gaps": "byte ranges that were not read, and why",
     "dead_letters": "byte ranges that were not understood, and why, with their bytes",
-    "offset_resets": "every move of an offset by an operator",
+    "offset_resets": "every move of an offset, and every decision about a missing or blocked file, by an operator",
     "backfills": "every run of `backfill` that read something, who started it and why",
     "usage_facts": "one row per call: run, account, route, status, times, and the byte range of its line",
     "call_conflicts": "further requests under a call id that is taken",

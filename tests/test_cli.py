@@ -30,6 +30,8 @@ FILE_KEYS = {
     "last_commit_at",
     "first_seen_at",
     "previous_file_id",
+    "decide",
+    "gaps",
 }
 POISON = b"\x1b[31mnot json\xff\n"
 

@@ -414,6 +414,30 @@ def test_what_ended_does_not_end_again() -> None:
     assert matched([final], {8: ("log", b"abcdefghij")}) == {"matched": {1: 8}}
 
 
+@pytest.mark.parametrize("size", [3, 9])
+@pytest.mark.parametrize("content", [b"ab", b"x", b""])
+def test_what_was_given_up_does_not_block_again(size: int, content: bytes) -> None:
+    """`offsets accept-gap` of a file that is too short: what is left of it is new, with or without unread bytes."""
+    blocked = known(1, b"abc", 7, size=size, state=FileState.BLOCKED, blocked=BlockReason.OFFSET_PAST_END)
+    given_up = replace(blocked, state=FileState.FINAL, blocked_reason=None)
+    assert matched([blocked], {7: ("log", b"ab")}) == {"blocked": {1: BlockReason.OFFSET_PAST_END}, "unread": [7]}
+    found = matched([given_up], {7: ("log", content)})
+    assert found == {"new": [7]} | ({"missing": [1]} if size > 3 else {})
+    assert matched([given_up, known(2, content, 7)], {7: ("log", content)}) == {"missing": [1], "kept": {2: 7}}
+
+
+def test_several_files_of_what_was_given_up_are_new() -> None:
+    """`offsets accept-gap` of an ambiguous one: nothing waits for a decision any more."""
+    blocked = known(1, b"abc", 7, state=FileState.BLOCKED, blocked=BlockReason.AMBIGUOUS)
+    given_up = replace(blocked, state=FileState.FINAL, blocked_reason=None)
+    files = {8: ("log.1", b"abcd"), 9: ("log.2", b"abce")}
+    assert matched([blocked], files) == {"blocked": {1: BlockReason.AMBIGUOUS}, "copies": [8, 9]}
+    assert matched([given_up], files) == {"missing": [1], "new": [8, 9]}
+    assert matched([given_up], files, complete=False) == {"missing": [1], "unread": [8, 9]}
+    # one of them alone goes on from it
+    assert matched([given_up], {8: files[8]}) == {"matched": {1: 8}}
+
+
 def test_what_ended_empty_claims_nothing() -> None:
     """Its unread bytes were declared lost: were it to take the file, they would be read as well as lost."""
     final = known(1, b"", 7, size=2, state=FileState.FINAL)
@@ -549,16 +573,29 @@ def test_incomplete_scan(positions: list[Position], disk: Disk) -> None:
 
 @given(generations(), disks, st.booleans())
 def test_known_content_is_not_new(positions: list[Position], disk: Disk, complete: bool) -> None:
-    """A file that agrees with what a generation has committed is read from its beginning only if it goes on otherwise
-    than the file of that generation, or further."""
+    """A file that agrees with what a generation has committed is read from its beginning only if it goes on otherwise,
+    or if the generation is final, and nothing of it waits to be read."""
     found = match(positions, disk.seen(), disk, complete=complete)
     held = {**found.kept, **found.matched}
     for file in found.new:
-        for position in positions:
-            if position.committed_offset > 0 and disk.judge(position, file) is Verdict.AGREES:
-                assert complete
-                original = disk.files[held[position.file_id].inode][1]
-                assert not original.startswith(disk.files[file.inode][1])
+        alike = {
+            position.file_id: disk.judge(position, file)
+            for position in positions
+            if position.committed_offset > 0
+            and not (
+                position.state is FileState.FINAL and (position.file_id not in held or position.inode == file.inode)
+            )
+        }
+        by_id = {position.file_id: position for position in positions}
+        same = [
+            disk.same_rest(by_id[file_id], file, held[file_id])
+            for file_id, verdict in alike.items()
+            if file_id in held and verdict in (Verdict.AGREES, Verdict.CUT)
+        ]
+        if Verdict.AGREES in alike.values():
+            assert complete
+            assert same
+            assert not any(same)
 
 
 @given(generations(), disks, st.booleans(), st.randoms(use_true_random=False))

@@ -351,7 +351,7 @@ def operator_resets(environment: dict[str, str], request: str) -> None:
     """As `offsets reset` does, without the cost of a process."""
     settings = load(environment)
     with reports(environment["BILLING_TAILER_DATABASE_URL"], "billing", "default") as ledger:
-        cli._reset(settings, ledger, parse_request(request), "test", dry_run=False)
+        cli._reset(settings, ledger, parse_request(request), "test", "operator", dry_run=False)
 
 
 def test_a_busy_daemon_adopts_resets(dsn: str, log: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from billing_tailer.ledger.operator import Operator, Told, operator
 from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
 from billing_tailer.ledger.pruning import Pruned, prune
 from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
-from billing_tailer.ledger.resets import Reset
+from billing_tailer.ledger.resets import Reset, Ruling
 from billing_tailer.ledger.runs import Reads, RunStatus, Unaudited
 from billing_tailer.ledger.settlement import Waiting, Window
 from billing_tailer.ledger.sqlfile import migrations
@@ -28,6 +28,7 @@ __all__ = [
     "ReceiptRow",
     "Reports",
     "Reset",
+    "Ruling",
     "RunStatus",
     "Tile",
     "Told",

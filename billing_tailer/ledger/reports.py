@@ -16,7 +16,7 @@ from billing_tailer.ledger.connection import (
     schema_version,
     wrapped,
 )
-from billing_tailer.ledger.resets import Reset, apply_reset, range_start
+from billing_tailer.ledger.resets import Reset, Ruling, apply_reset, apply_ruling, range_start
 from billing_tailer.ledger.writer import position_of
 from billing_tailer.model import Position
 
@@ -57,6 +57,17 @@ class Reports:
     def reset(self, reset: Reset) -> None:
         """Apply an operator's reset. Raises PositionMoved if the tailer was faster."""
         apply_reset(self._connection, self._source_id, reset)
+
+    def rule(self, ruling: Ruling) -> None:
+        """Apply what an operator decides of a generation. Raises PositionMoved if the tailer was faster."""
+        apply_ruling(self._connection, self._source_id, ruling)
+
+    def gaps(self) -> dict[int, list[dict[str, Any]]]:
+        """Every gap of the source, in order, by `file_id`."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for row in self._rows("gaps"):
+            found.setdefault(row.pop("file_id"), []).append(row)
+        return found
 
     def active_owner(self) -> str | None:
         """The application name of the session that holds the source's lock, None where no tailer is active."""

@@ -1,18 +1,19 @@
-"""Moving an offset by an operator's will: one transaction that leaves a row."""
+"""Moving an offset, or ruling on a generation that is not read, by an operator's will: one transaction that leaves a
+row in `offset_resets`, by which a running daemon notices."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from billing_tailer.errors import ConfigError, PositionMoved
 from billing_tailer.ledger.connection import Connection, query, wrapped
-from billing_tailer.model import GapReason, Place, Position
+from billing_tailer.model import FileState, Gap, GapReason, Place, Position
 
 
 @dataclass(frozen=True, slots=True)
 class Reset:
     """A reset that has been thought through: `place` was read from the file.
 
-    requested: the operator's own words, `PATH=beginning|end|BYTE`; source: `env` or `cli`.
+    requested: the operator's own words, `PATH=beginning|end|BYTE`; source: `env` or `cli`; by: who, None for `env`.
     """
 
     reset_id: str
@@ -21,6 +22,26 @@ class Reset:
     place: Place
     source: str
     reason: str
+    by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What an operator decides of a generation that is missing or blocked. The offset stays.
+
+    position: as it was looked at; after: with its new place and state, final where it is given up; gap: what is given
+    up; requested: the operator's own words; by: who; ended: other generations, of which nothing is committed, that had
+    the file in which this one goes on.
+    """
+
+    reset_id: str
+    position: Position
+    after: Position
+    gap: Gap | None
+    requested: str
+    reason: str
+    by: str
+    ended: tuple[int, ...] = ()
 
 
 def already_applied(connection: Connection, source_id: str, reset_id: str, requested: str) -> bool:
@@ -70,13 +91,11 @@ def apply_reset(connection: Connection, source_id: str, reset: Reset) -> None:
         )
         if moved.rowcount != 1:
             raise PositionMoved(f"{position.path}: the offset is not {position.committed_offset} any more")
+        # also those behind the old offset, of a generation that had been given up
+        behind = min(reset.place.offset, position.committed_offset)
+        connection.execute(query("delete_gaps_from"), {**place, "offset": behind})
         if reset.place.offset < position.committed_offset:
-            for name in (
-                "delete_batches_from",
-                "delete_gaps_from",
-                "delete_open_dead_letters_from",
-                "recount_letter_bytes",
-            ):
+            for name in ("delete_batches_from", "delete_open_dead_letters_from", "recount_letter_bytes"):
                 connection.execute(query(name), place)
         elif reset.place.offset > position.committed_offset:
             gap = {
@@ -98,5 +117,65 @@ def apply_reset(connection: Connection, source_id: str, reset: Reset) -> None:
                 "new_offset": reset.place.offset,
                 "source": reset.source,
                 "reason": reset.reason,
+                "by": reset.by,
+            },
+        )
+
+
+def apply_ruling(connection: Connection, source_id: str, ruling: Ruling) -> None:
+    """Give a generation up with its gap, or let it go on in another file, and leave a row.
+
+    Raises PositionMoved if the generation is not what the operator saw, or another one has the file by now.
+    """
+    before, after = ruling.position, ruling.after
+    place: dict[str, Any] = {
+        "source_id": source_id,
+        "file_id": after.file_id,
+        "path": after.path,
+        "device": after.device,
+        "inode": after.inode,
+    }
+    with wrapped(), connection.transaction():
+        ruled = connection.execute(
+            query("rule_on_file"),
+            {
+                **place,
+                "committed_offset": before.committed_offset,
+                "size_seen": before.size_seen,
+                "state": str(after.state),
+                "state_was": str(before.state),
+                "blocked_reason_was": None if before.blocked_reason is None else str(before.blocked_reason),
+            },
+        )
+        if ruled.rowcount != 1:
+            raise PositionMoved(
+                f"generation {before.file_id} ({before.path}) is not {before.state} at byte {before.committed_offset} "
+                "any more: a running daemon has found its file, or somebody else has decided it",
+                "look again with `billing-tailer files`",
+            )
+        if after.state is not FileState.FINAL:
+            connection.execute(query("end_empty_files"), {"file_ids": list(ruling.ended)})
+            other = connection.execute(query("other_holder"), place).fetchone()
+            if other is not None:
+                raise PositionMoved(
+                    f"generation {other[0]} is read from {after.path} by now", "look again with `billing-tailer files`"
+                )
+        if ruling.gap is not None:
+            gap = ruling.gap
+            words = {"start_offset": gap.start_offset, "end_offset": gap.end_offset, "reason": str(gap.reason)}
+            connection.execute(query("insert_gap"), {"file_id": gap.file_id, **words})
+        connection.execute(
+            query("insert_reset"),
+            {
+                "reset_id": ruling.reset_id,
+                "source_id": source_id,
+                "file_id": before.file_id,
+                "path": before.path,
+                "requested": ruling.requested,
+                "old_offset": before.committed_offset,
+                "new_offset": after.committed_offset,
+                "source": "cli",
+                "reason": ruling.reason,
+                "by": ruling.by,
             },
         )

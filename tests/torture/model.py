@@ -33,8 +33,8 @@ CUTS: Final = ("truncate", "truncate_to_the_middle", "regrow", "recreate", "repl
 PICKS: Final = st.integers(0, 15)
 SIZES: Final = st.integers(0, 2000)
 STEPS_PER_EXAMPLE: Final = 30
-OPEN_FILES_MAX: Final = 16
-"""More than an example leaves deleted files with half a line, which are never let go of; fewer than it has files."""
+OPEN_FILES_MAX: Final = STEPS_PER_EXAMPLE + 5
+"""More than an example can leave deleted files with half a line, which are never let go of."""
 
 
 class _Killed(BaseException):

@@ -137,9 +137,31 @@ select count(*), max(applied_at) from offset_resets where source_id = %(source_i
 select source_id, path, requested, new_offset, applied_at from offset_resets where reset_id = %(reset_id)s
 
 -- name: insert_reset
-insert into offset_resets (reset_id, source_id, file_id, path, requested, old_offset, new_offset, source, reason)
+insert into offset_resets (reset_id, source_id, file_id, path, requested, old_offset, new_offset, source, reason,
+                           applied_by)
 values (%(reset_id)s, %(source_id)s, %(file_id)s, %(path)s, %(requested)s, %(old_offset)s, %(new_offset)s, %(source)s,
-        %(reason)s)
+        %(reason)s, %(by)s)
+
+-- name: rule_on_file
+-- Only as the operator saw it: a daemon that has found its file, or seen more of it, was faster.
+update tail_files
+set path = %(path)s, device = %(device)s, inode = %(inode)s, state = %(state)s, blocked_reason = null
+where file_id = %(file_id)s and committed_offset = %(committed_offset)s and size_seen = %(size_seen)s
+  and state = %(state_was)s and blocked_reason is not distinct from %(blocked_reason_was)s
+
+-- name: end_empty_files
+update tail_files set state = 'final', blocked_reason = null
+where file_id = any(%(file_ids)s) and committed_offset = 0
+
+-- name: other_holder
+select file_id from tail_files
+where source_id = %(source_id)s and device = %(device)s and inode = %(inode)s and file_id <> %(file_id)s
+  and state <> 'final' limit 1
+
+-- name: gaps
+select g.file_id, g.start_offset, g.end_offset, g.reason, g.declared_at
+from tail_files f join log_gaps g using (file_id)
+where f.source_id = %(source_id)s order by g.file_id, g.start_offset
 
 -- name: range_start
 -- Where the tile that contains an offset begins.
