@@ -44,10 +44,11 @@ from billing_tailer.web.callbacks import callback_routes
 from billing_tailer.web.runs import run_routes
 from billing_tailer.web.server import application
 from billing_tailer.web.waiters import Waiters
+from tests.scenarios.inventory import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "billing_tailer"
-FILES = ("README.md", "docs/integrating.md", "docs/operating.md")
+FILES = ("README.md", "docs/integrating.md", "docs/operating.md", "docs/scenarios.md")
 LOG_FORMAT = "deploy/nginx/audit.conf.template"
 RUN_CLIENT = "tests/support/run_client.py"
 NOT_YET = "not written by this version"
@@ -515,6 +516,19 @@ def line_outcomes() -> str:
     return table(("what happened", "in the line", "outcome"), rows)
 
 
+def scenarios() -> str:
+    """What the tests of following a file are about; a file is named once in a row."""
+    rows = []
+    for area, found in SCENARIOS.items():
+        for scenario, tests in found.items():
+            named: list[str] = []
+            for before, test in zip(("", *tests), tests, strict=False):
+                file, _, name = test.partition("::")
+                named.append(code(f"::{name}" if before.partition("::")[0] == file else test))
+            rows.append((area, scenario, ", ".join(named)))
+    return table(("", "scenario", "held by"), rows)
+
+
 PARTS: Mapping[str, Callable[[], str]] = {
     "environment": environment,
     "verbs": verbs,
@@ -532,6 +546,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "required-fields": required_fields,
     "log-fields": log_fields,
     "line-outcomes": line_outcomes,
+    "scenarios": scenarios,
 }
 
 _PART = re.compile(r"(?P<open><!-- (?P<name>[a-z-]+) -->)\n.*?(?P<close><!-- /(?P=name) -->)", re.DOTALL)

@@ -19,6 +19,7 @@ from billing_tailer import files as files_module
 from billing_tailer.errors import ConfigError
 from billing_tailer.files import Chunk, LogFiles, escape_path, unescape_path
 from billing_tailer.model import FileState, Position, SeenFile, Verdict
+from tests.support.unprivileged import unprivileged
 
 LINE = 50
 """Bytes of a line of `fixed_width`."""
@@ -44,21 +45,6 @@ def following(*globs: str, open_files_max: int = 16) -> Iterator[LogFiles]:
         yield logs
     finally:
         logs.close()
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """Root may read everything: be nobody for a while."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.setegid(65534)
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
 
 
 def names(logs: LogFiles, wanted: set[tuple[int, int]] | None = None) -> list[str]:
