@@ -30,16 +30,22 @@ def test_mount_missing_for_5_s(
     """Whether the mount point is gone or empty: no position is lost, nothing is read again, nothing is a gap."""
     late, steady = 0.0, time.monotonic
     monkeypatch.setattr(time, "monotonic", lambda: steady() + late)
-    mount, away = log.parent, log.parent.with_name("away")
+    mount, away, elsewhere = log.parent, log.parent.with_name("away"), log.parent.with_name("elsewhere")
     log.write_bytes(lines(0, 10))
     log.with_name("audit.jsonl.1").write_bytes(lines(100, 10))
+    elsewhere.mkdir()
+    globs = (f"{mount}/audit*.jsonl*", f"{elsewhere}/audit*.jsonl*")
+    # a copy that goes on by itself: nobody may take it for the file that is out of sight
+    copy = elsewhere / "audit-copy.jsonl"
 
     def unmount() -> None:
         mount.rename(away)
         if instead == "an empty directory":
             mount.mkdir()
+        else:
+            copy.write_bytes(lines(0, 10) + lines(50, 1))
 
-    with following(dsn, mount) as rig:
+    with following(dsn, mount, globs=globs) as rig:
         unmount()
         for _ in range(5):
             late += 1.0
@@ -52,13 +58,18 @@ def test_mount_missing_for_5_s(
             rig.turn()
             assert not rig.health.reasons()
     if stopped:
-        with following(dsn, mount):
+        with following(dsn, mount, globs=globs):
             pass
         _mount(away, mount)
         append(log, lines(10, 5))
-        with following(dsn, mount) as rig:
+        with following(dsn, mount, globs=globs) as rig:
             assert not rig.health.reasons()
-    assert_exactly(dsn, [*range(15), *range(100, 110)], contents={1: lines(0, 15), 2: lines(100, 10)})
+    contents = {1: lines(0, 15), 2: lines(100, 10)}
+    if not copy.exists():
+        assert_exactly(dsn, [*range(15), *range(100, 110)], contents=contents)
+        return
+    contents[3] = copy.read_bytes()
+    assert_exactly(dsn, [*range(15), 50, *range(100, 110)], contents=contents, replayed=10)
 
 
 def _mount(away: Path, mount: Path) -> None:
@@ -267,41 +278,49 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("jump", [-10 * 365 * DAY, -DAY, -3600.0, 3600.0, DAY, 10 * 365 * DAY])
 def test_clock_jumping(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
-    """Only the wall clock: forth or back and home again, amid appends, a rotation, a truncation that regrows, a
-    deletion."""
+    """Only the wall clock: forth or back and home again, amid appends, a rotation, a truncation that regrows, and a
+    deletion whose writer takes its time: no day has passed."""
     late, wall = 0.0, time.time
     monkeypatch.setattr(time, "time", lambda: wall() + late)
+    deleted, other = log.with_name("audit-deleted.jsonl"), log.with_name("audit-other.jsonl")
+    half, rotated = line(300), Path(f"{log}.1")
     log.write_bytes(lines(0, 5))
-    other = log.with_name("audit-other.jsonl")
     other.write_bytes(lines(200, 5))
-    with following(dsn, log.parent) as rig:
+    with deleted.open("ab", buffering=0) as writer, following(dsn, log.parent) as rig:
+        writer.write(half[:100])
+        rig.turn()
+        deleted.unlink()
+        rig.turn()
         late = jump
         append(log, lines(5, 5))
-        rig.turn()
-        rotated = log.rename(f"{log}.1")
+        log.rename(rotated)
         log.write_bytes(lines(20, 5))
-        rig.turn()
+        deadline = time.monotonic() + 5
+        while count(dsn, "usage_facts") < 20:  # nobody says that it is time to look at the directory
+            assert time.monotonic() < deadline
+            rig.tailer._turn()
         other.write_bytes(lines(210, 20))
+        rig.turn()
+        writer.write(half[100:])
         rig.turn()
         late = 0.0
         append(rotated, lines(10, 5))
         append(log, lines(25, 5))
         rig.turn()
         late = -jump
-        rotated.unlink()
         append(log, lines(30, 5))
         rig.turn()
         assert not rig.health.reasons()
-    assert [state for _, state, _ in states(dsn)] == ["final", "rotated", "live", "live"]
     by_generation = {(row["path"], row["generation"]): row["file_id"] for row in rows(dsn, "select * from tail_files")}
     assert_exactly(
         dsn,
-        [*range(15), *range(20, 35), *range(200, 205), *range(210, 230)],
+        [*range(15), *range(20, 35), *range(200, 205), *range(210, 230), 300],
         contents={
             by_generation[str(rotated), 1]: lines(0, 15),
             by_generation[str(other), 1]: lines(200, 5),
             by_generation[str(other), 2]: lines(210, 20),
             by_generation[str(log), 2]: lines(20, 15),
+            by_generation[str(deleted), 1]: half,
         },
         gaps=[(by_generation[str(other), 1], len(lines(200, 5)), None, "regrown")],
     )

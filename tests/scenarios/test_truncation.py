@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,8 +172,12 @@ def test_truncated_during_a_commit_in_flight(
         return committed
 
     monkeypatch.setattr(Ledger, "commit", commit)
-    log.write_bytes(BEFORE)
+    log.touch()
     with following(dsn, log.parent, batch_lines_max=5) as rig:
+        log.write_bytes(BEFORE)
+        rig.follower._next_scan = time.monotonic() + 60  # no look at the directory comes between
+        while rig.tailer._turn():
+            pass
         rig.turn()
         assert not rig.health.reasons()
     assert calls.is_set()
