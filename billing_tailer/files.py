@@ -226,11 +226,11 @@ class LogFiles:
 
         wanted: the offsets of the generations with a head, at which they will be compared.
         """
-        # one that is being written changes all the time
-        settled_ns = (time.time() - ARCHIVE_SETTLED_SECONDS) * 1e9
+        now_ns, settling_ns = time.time() * 1e9, ARCHIVE_SETTLED_SECONDS * 1e9
         until = time.monotonic() + ARCHIVE_SLICE_SECONDS
         for file, archive in self._archives.values():
-            if not archive.is_unknown() or max(file.mtime_ns, file.ctime_ns) > settled_ns:
+            # one that is being written changes all the time; a time far ahead of our clock is no news either
+            if not archive.is_unknown() or abs(now_ns - max(file.mtime_ns, file.ctime_ns)) < settling_ns:
                 continue
             try:
                 while archive.is_unknown() and time.monotonic() < until:

@@ -146,7 +146,10 @@ SCENARIOS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
             "tests/test_follower.py::test_a_bad_sector",
             "tests/test_callbacks_exactly_once.py::test_a_full_disk_loses_nothing_that_was_acknowledged",
         ),
-        "clock jumping": (f"{HERE}test_environment.py::test_clock_jumping",),
+        "clock jumping": (
+            f"{HERE}test_environment.py::test_clock_jumping",
+            f"{HERE}test_environment.py::test_clock_behind_the_times_of_a_gzip_file",
+        ),
         "one hot file and 500 slow ones": (f"{HERE}test_environment.py::test_one_hot_file_and_500_slow_ones",),
     },
     "Model test": {

@@ -326,6 +326,31 @@ def test_clock_jumping(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, jum
     )
 
 
+def test_clock_behind_the_times_of_a_gzip_file(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set back by an hour, or the volume's host is ahead: the archive is read all the same, and until it is known
+    nothing else has to wait an hour for it."""
+    late, wall = -3600.0, time.time
+    monkeypatch.setattr(time, "time", lambda: wall() + late)
+    log.write_bytes(lines(0, 5))
+    archive = log.with_name("audit.jsonl.1.gz")
+    with following(dsn, log.parent) as rig:
+        archive.write_bytes(gzip.compress(lines(100, 5)))
+        log.write_bytes(lines(20, 10))
+        rig.turn()
+        assert not rig.health.reasons()
+    by_generation = {(row["path"], row["generation"]): row["file_id"] for row in rows(dsn, "select * from tail_files")}
+    assert_exactly(
+        dsn,
+        [*range(5), *range(20, 30), *range(100, 105)],
+        contents={
+            by_generation[str(log), 1]: lines(0, 5),
+            by_generation[str(log), 2]: lines(20, 10),
+            by_generation[str(archive), 1]: lines(100, 5),
+        },
+        gaps=[(by_generation[str(log), 1], len(lines(0, 5)), None, "regrown")],
+    )
+
+
 # --- a crowd ---------------------------------------------------------------------------------------------------------
 
 
