@@ -7,7 +7,6 @@ file that will not grow any more.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from billing_tailer.files import LogFiles
@@ -34,9 +33,8 @@ class _Hole:
 class Holes:
     """The holes at which files stand, by `file_id`. Known only to this process; can be forgotten at any time."""
 
-    def __init__(self, files: LogFiles, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, files: LogFiles) -> None:
         self._files = files
-        self._clock = clock
         self._holes: dict[int, _Hole] = {}
         self.unfinished = False
         """The last look was cut short: look again at once."""
@@ -57,7 +55,7 @@ class Holes:
             hole = self._holes[position.file_id] = _Hole(
                 position.committed_offset, position.committed_offset, file.size
             )
-        if hole.end is not None and not finished and self._clock() - hole.since < HOLE_SECONDS:
+        if hole.end is not None and not finished and time.monotonic() - hole.since < HOLE_SECONDS:
             self.unfinished = False
             return None
         found = self._look(hole, file)
@@ -67,7 +65,7 @@ class Holes:
             del self._holes[position.file_id]
             return found
         # found for the first time, or data has come meanwhile: once more, later
-        hole.end, hole.since, hole.at = found, self._clock(), hole.start
+        hole.end, hole.since, hole.at = found, time.monotonic(), hole.start
         return None
 
     def _look(self, hole: _Hole, file: SeenFile) -> int | None:

@@ -48,6 +48,9 @@ SCENARIOS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         ),
     },
     "Truncation": {
+        "a writer that does not append leaving a sparse NUL hole": (
+            "tests/test_holes.py::test_a_writer_without_o_append_leaves_a_sparse_hole",
+        ),
         "to 0 and appended": (
             f"{HERE}test_truncation.py::test_other_content_where_known_content_stood",
             "tests/test_tailer.py::test_truncation_to_zero",
@@ -132,6 +135,10 @@ SCENARIOS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "two tailers on one file, the paused one wakes": ("tests/test_app.py::test_a_frozen_owner_is_replaced",),
     },
     "Environment": {
+        "bytes that appear as NUL before they are data": (
+            "tests/test_holes.py::test_bytes_that_appear_as_nul_before_they_are_data",
+            "tests/test_holes.py::test_nothing_follows",
+        ),
         "mount missing at start": ("tests/test_app.py::test_no_mount",),
         "mount missing for 5 s": (f"{HERE}test_environment.py::test_mount_missing_for_5_s",),
         "device number changed": (f"{HERE}test_environment.py::test_device_number_changed",),
