@@ -271,7 +271,10 @@ def _sort_out_copies(
     for locator, file in list(files.items()):
         originals = [(by_id[file_id], held[file_id]) for file_id in agreeing[locator] if file_id in held]
         same = [look.same_rest(position, file, original) for position, original in originals]
-        if originals and complete and locator not in waiting and not any(one is not False for one in same):
+        # that of a blocked or unreadable generation may go on as this file does
+        doubtful = agreeing[locator].keys() - held.keys() - unclaimed
+        goes_on_otherwise = originals and not any(one is not False for one in same)
+        if goes_on_otherwise and complete and not doubtful and locator not in waiting:
             continue
         # a copy that lacks bytes which were seen, of a generation that is gone: read from 0, like any other file
         if agreeing[locator].keys() <= unclaimed:

@@ -15,6 +15,7 @@ from billing_tailer.gzipped import Archive
 from billing_tailer.ledger import Ledger
 from billing_tailer.resets import parse_request, plan_reset
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -40,11 +41,6 @@ def zipped(path: Path) -> Path:
     os.utime(archive, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
     path.unlink()
     return archive
-
-
-def append(path: Path, content: bytes) -> None:
-    with path.open("ab") as out:
-        out.write(content)
 
 
 def states(dsn: str) -> list[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ import pytest
 from billing_tailer import follower as follower_module
 from billing_tailer import tailer as tailer_module
 from tests.support.follow import following
+from tests.support.logfiles import append, replaced
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -30,16 +31,6 @@ def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     seconds = float(getattr(request, "param", 0.0))
     monkeypatch.setattr(follower_module, "SILENT_SECONDS", seconds)
     return seconds
-
-
-def append(path: Path, content: bytes) -> None:
-    with path.open("ab") as out:
-        out.write(content)
-
-
-def replaced(log: Path, content: bytes) -> None:
-    (log.parent / ".new").write_bytes(content)
-    (log.parent / ".new").rename(log)
 
 
 GAPS = "select start_offset, end_offset, reason from log_gaps order by 1"

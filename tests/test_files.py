@@ -19,6 +19,7 @@ from billing_tailer import files as files_module
 from billing_tailer.errors import ConfigError
 from billing_tailer.files import Chunk, LogFiles, escape_path, unescape_path
 from billing_tailer.model import FileState, Position, SeenFile, Verdict
+from tests.support.logfiles import append, overwrite
 from tests.support.unprivileged import unprivileged
 
 LINE = 50
@@ -78,17 +79,6 @@ def followed(logs: LogFiles, path: Path, content: bytes, offset: int) -> tuple[P
     path.write_bytes(content)
     file = seen_at(logs, path)
     return position_of(logs, file, offset), file
-
-
-def append(path: Path, data: bytes) -> None:
-    with path.open("ab") as out:
-        out.write(data)
-
-
-def overwrite(path: Path, at: int, data: bytes) -> None:
-    with path.open("r+b") as out:
-        out.seek(at)
-        out.write(data)
 
 
 def open_descriptors(directory: Path) -> int:

@@ -18,6 +18,7 @@ from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Ledger
 from billing_tailer.model import Verdict
 from tests.support.follow import following
+from tests.support.logfiles import append, replaced
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -30,11 +31,6 @@ def gaps(dsn: str) -> list[tuple[Any, ...]]:
 
 def states(dsn: str) -> list[str]:
     return [row["state"] for row in rows(dsn, "select state from tail_files order by file_id")]
-
-
-def append(path: Path, content: bytes) -> None:
-    with path.open("ab") as log:
-        log.write(content)
 
 
 def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
@@ -137,12 +133,6 @@ def test_a_late_write_to_a_deleted_file_begins_its_day_anew(dsn: str, tmp_path: 
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """What replaced a file is believed at once, not after ten seconds of silence."""
     monkeypatch.setattr(follower_module, "SILENT_SECONDS", 0.0)
-
-
-def replaced(log: Path, content: bytes) -> None:
-    """As rsync or `sed -i` does it."""
-    (log.parent / ".new").write_bytes(content)
-    (log.parent / ".new").rename(log)
 
 
 def test_atomic_replace_by_a_longer_copy(dsn: str, tmp_path: Path, log: Path) -> None:

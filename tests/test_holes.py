@@ -12,6 +12,7 @@ from billing_tailer import files as files_module
 from billing_tailer import follower as follower_module
 from billing_tailer import holes as holes_module
 from tests.support.follow import Rig, following
+from tests.support.logfiles import append, overwrite
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -30,17 +31,6 @@ def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holes_module, "HOLE_SECONDS", 0.0)
     monkeypatch.setattr(files_module, "ARCHIVE_SETTLED_SECONDS", 0.0)
     monkeypatch.setattr(follower_module, "SILENT_SECONDS", 0.0)
-
-
-def append(path: Path, content: bytes) -> None:
-    with path.open("ab") as out:
-        out.write(content)
-
-
-def overwrite(path: Path, at: int, content: bytes) -> None:
-    with path.open("r+b") as out:
-        out.seek(at)
-        out.write(content)
 
 
 def gaps(dsn: str) -> list[tuple[Any, ...]]:

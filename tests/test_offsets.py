@@ -15,17 +15,13 @@ from billing_tailer.ledger import reports
 from billing_tailer.rulings import plan_acceptance, plan_adoption
 from tests.support.daemon import Daemon
 from tests.support.follow import Rig, following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.verbs import Verb
 
 WHY = ("--reason", "ticket 7", "--by", "ada")
 WORDS = {"reset_id": "x", "reason": "y", "by": "z"}
-
-
-def append(log: Path, content: bytes) -> None:
-    with log.open("ab") as out:
-        out.write(content)
 
 
 def follow(dsn: str, log: Path) -> None:

@@ -17,6 +17,7 @@ from billing_tailer.resets import NotInSight, OrderedReset, newest_at, parse_req
 from billing_tailer.settings import OffsetReset, load
 from tests.support.daemon import Daemon
 from tests.support.follow import Rig, following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -29,11 +30,6 @@ def log(tmp_path: Path) -> Path:
     volume = tmp_path / "billing"
     volume.mkdir()
     return volume / "audit.jsonl"
-
-
-def append(log: Path, content: bytes) -> None:
-    with log.open("ab") as out:
-        out.write(content)
 
 
 def ordered(rig: Rig, request: str, reset_id: str = "one") -> OrderedReset:

@@ -20,20 +20,6 @@ from tests.support.spendlines import payload, spool_line
 from tests.support.verbs import Verb
 
 
-@pytest.fixture
-def log(tmp_path: Path) -> Path:
-    volume = tmp_path / "billing"
-    volume.mkdir()
-    return volume / "audit.jsonl"
-
-
-@pytest.fixture
-def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
-    verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
-    return verb
-
-
 def follow(dsn: str, log: Path, content: bytes, **changes: Any) -> None:
     with log.open("ab") as out:
         out.write(content)

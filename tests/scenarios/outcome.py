@@ -41,9 +41,3 @@ def states(dsn: str) -> list[tuple[str, str, str | None]]:
     """Name, state and the reason of a block of every generation, oldest first."""
     found = rows(dsn, "select path, state, blocked_reason from tail_files order by file_id")
     return [(Path(row["path"]).name, row["state"], row["blocked_reason"]) for row in found]
-
-
-def append(path: Path, content: bytes) -> None:
-    """As a writer with O_APPEND does it."""
-    with path.open("ab") as out:
-        out.write(content)

@@ -5,8 +5,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.scenarios.outcome import append, assert_exactly
+from tests.scenarios.outcome import assert_exactly
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import rows
 

@@ -11,10 +11,11 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from billing_tailer.ledger import connection
-from tests.scenarios.outcome import append, assert_exactly, states
+from tests.scenarios.outcome import assert_exactly, states
 from tests.support import database
 from tests.support.daemon import Daemon
 from tests.support.follow import Rig, following
+from tests.support.logfiles import append
 from tests.support.loglines import lines
 from tests.support.proof import count, rows
 from tests.support.proxy import PostgresProxy

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from billing_tailer.files import unescape_path
-from tests.scenarios.outcome import append, assert_exactly, states
+from tests.scenarios.outcome import assert_exactly, states
 from tests.support.daemon import Daemon
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import count, rows
 from tests.support.unprivileged import unprivileged

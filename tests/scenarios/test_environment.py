@@ -14,9 +14,10 @@ import psycopg
 import pytest
 
 from billing_tailer import files as files_module
-from tests.scenarios.outcome import append, assert_exactly, states
+from tests.scenarios.outcome import assert_exactly, states
 from tests.support.daemon import Daemon
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import count, rows
 from tests.torture.steps import Steps

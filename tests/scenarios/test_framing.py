@@ -11,8 +11,9 @@ import pytest
 from billing_tailer.model import FRONTIER_BYTES_MAX, HEAD_BYTES_MAX
 from billing_tailer.plan import ROW_BYTES_MAX
 from billing_tailer.reader import LONG_LINE_CHUNK_BYTES
-from tests.scenarios.outcome import append, assert_exactly
+from tests.scenarios.outcome import assert_exactly
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, outcomes, rows
 

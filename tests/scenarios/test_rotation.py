@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.scenarios.outcome import append, assert_exactly, states
+from tests.scenarios.outcome import assert_exactly, states
 from tests.support.follow import following
+from tests.support.logfiles import append
 from tests.support.loglines import line, lines
 from tests.support.proof import rows
 

@@ -12,8 +12,9 @@ import pytest
 
 from billing_tailer.ledger import Committed, Ledger
 from billing_tailer.model import Plan
-from tests.scenarios.outcome import append, assert_exactly, states
+from tests.scenarios.outcome import assert_exactly, states
 from tests.support.follow import following
+from tests.support.logfiles import append, replaced
 from tests.support.loglines import line, lines
 from tests.support.proof import count
 from tests.support.verbs import Verb
@@ -43,12 +44,6 @@ def truncated(log: Path, content: bytes) -> None:
 def rewritten(log: Path, content: bytes) -> None:
     with log.open("r+b") as out:
         out.write(content)
-
-
-def replaced(log: Path, content: bytes) -> None:
-    """As an editor, `sed -i` or rsync does it."""
-    (log.parent / ".new").write_bytes(content)
-    (log.parent / ".new").rename(log)
 
 
 CHANGES = {
