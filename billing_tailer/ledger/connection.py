@@ -44,7 +44,8 @@ def wrapped() -> Iterator[None]:
     except (pg.DataError, pg.CheckViolation, pg.NotNullViolation, pg.ProgramLimitExceeded) as error:
         raise RowRejected(_first_line(error)) from error
     except _TRANSIENT as error:
-        raise LedgerUnavailable(_first_line(error), "look at Postgres; the tailer tries again by itself") from error
+        hint = "look at Postgres; the daemon tries again by itself, a verb is to be run again"
+        raise LedgerUnavailable(_first_line(error), hint) from error
     except psycopg.Error as error:
         raise TailerError(
             f"Postgres: {_first_line(error)}", "is the schema the one of this version? run `billing-tailer check`"
