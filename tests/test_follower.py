@@ -434,12 +434,12 @@ def test_more_files_to_begin_at_their_ends_than_one_transaction_takes(
     assert len(gaps(dsn)) == 30
 
 
-def test_a_long_scan_ticks(dsn: str, tmp_path: Path) -> None:
+def test_a_long_scan_ticks(dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(50):
         (tmp_path / f"audit-{n}.jsonl").write_bytes(lines(n * 10, 2))
     with following(dsn, tmp_path) as rig:
         ticks: list[int] = []
-        rig.health.tick = lambda: ticks.append(1)  # type: ignore[method-assign]
+        monkeypatch.setattr(rig.health, "tick", lambda: ticks.append(1))
         rig.follower.scan_soon()
         rig.follower.scan_if_due()
         assert len(ticks) >= 50
