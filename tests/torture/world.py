@@ -354,7 +354,9 @@ class World:
     def _copy(self, node: Node, name: str) -> Node:
         copy = self._create(name, node.content.data)
         copy.rest = node.rest
-        copy.content.copied_lines = node.content.data.count(b"\n") + node.content.copied_lines
+        # with half a line, both writers may write the rest of it
+        copied = node.content.data.count(b"\n") + bool(node.rest)
+        copy.content.copied_lines = copied + node.content.copied_lines
         return copy
 
     def _drop(self, name: str) -> None:
