@@ -298,7 +298,7 @@ class World:
             mine = [file for file in files if _is_of(content, file, tiles[file["file_id"]])]
             committed = max((int(file["committed_offset"]) for file in mine), default=0)
             # a generation may have gone on from this content in a copy of it
-            committed = max([committed, *(_covered(content, found_in) for found_in in tiles.values())])
+            committed = max([committed, *(self._covered(content, found_in) for found_in in tiles.values())])
             # a file of which nothing is committed is known by its inode alone, which another one may have had since
             if committed >= content.seen or committed == 0:
                 continue
@@ -306,6 +306,16 @@ class World:
                 continue
             found.undeclared += content.seen - committed
             found.words.append(f"{content.seen - committed} bytes were seen and destroyed undeclared, of {mine}")
+
+    def _covered(self, content: Content, tiles: list[dict[str, Any]]) -> int:
+        """How much of a content the first rows of a generation account for, also in a copy of it that goes on."""
+        held = list(itertools.takewhile(lambda tile: _holds(content, tile), tiles))
+        end = int(held[-1]["end_offset"]) if held else 0
+        rest = content.data[end : content.seen]
+        for tile in tiles[len(held) : len(held) + 1]:
+            if any(_holds(other, tile) and other.data[end : end + len(rest)] == rest for other in self.contents):
+                return min(content.seen, int(tile["end_offset"]))
+        return end
 
     # --- how it is done
 
@@ -383,12 +393,6 @@ def _holds(content: Content, tile: dict[str, Any]) -> bool:
     part = content.data[tile["start_offset"] : tile["end_offset"]]
     whole = len(part) == tile["end_offset"] - tile["start_offset"]
     return whole and bool(hashlib.sha256(part).digest() == tile["sha256"])
-
-
-def _covered(content: Content, tiles: list[dict[str, Any]]) -> int:
-    """How much of a content the first rows of a generation account for."""
-    held = list(itertools.takewhile(lambda tile: _holds(content, tile), tiles))
-    return int(held[-1]["end_offset"]) if held else 0
 
 
 def _is_of(content: Content, file: dict[str, Any], tiles: list[dict[str, Any]]) -> bool:
