@@ -20,7 +20,7 @@ from typing import Self
 
 from starlette.routing import BaseRoute
 
-from billing_tailer import __version__, audit
+from billing_tailer import __version__, audit, fastlane
 from billing_tailer.capture import Capture
 from billing_tailer.embedded import EmbeddedPostgres, attach, default_data_dir
 from billing_tailer.errors import ConfigError, LedgerUnavailable, TailerError
@@ -292,7 +292,7 @@ def _follow(
 
 
 def _reader(settings: Settings, files: LogFiles, is_spool: Callable[[str], bool]) -> Reader:
-    audit_line = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
+    audit_line = fastlane.parser(audit.routes(settings.llm_routes))
     spool_line = partial(parse_spool_line, cost_max=settings.cost_max_usd)
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
     return Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits)

@@ -155,7 +155,7 @@ def _parse_call(fields: dict[str, Any], line: bytes, path: str) -> UsageFact | S
         header_cost_usd=_soft_number(fields.get("litellm_response_cost")),
         header_model_group=_soft_id(fields.get("litellm_model_group")),
         cache_key=_soft_id(fields.get("litellm_cache_key")),
-        request_seconds=_soft_number(fields["request_time"]),
+        request_seconds=_seconds(fields["request_time"]),
         occurred_at=_occurred_at(fields),
         line_sha256=hashlib.sha256(line).digest() if request_id is None else None,
     )
@@ -387,6 +387,12 @@ def _soft_number(value: object) -> Decimal | None:
     if type(value) in (int, float):
         value = repr(value)
     return _decimal(value) if type(value) is str and len(value) <= DECIMAL_CHARS_MAX else None
+
+
+def _seconds(value: object) -> Decimal | None:
+    """A duration below 10^9 seconds: a call's start is computed from it, and that must be a date."""
+    seconds = _soft_number(value)
+    return seconds if seconds is not None and seconds < 10**9 else None
 
 
 @lru_cache(maxsize=4096)

@@ -5,14 +5,13 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from billing_tailer import app as daemon
-from billing_tailer import audit
+from billing_tailer import audit, fastlane
 from billing_tailer.backfill import Backfill, Filled, find, open_ledger, refuse_followed, source_of
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.events import Events, configure_logging
@@ -46,7 +45,7 @@ def backfill(files: Files, reason: Reason, by: By = None, dry_run: DryRun = Fals
             daemons = ledger.positions_of_daemons()
             for path in paths:
                 refuse_followed(path, {file.locator: file for file in scan.files}, daemons, ledger.ping)
-            parse = partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
+            parse = fastlane.parser(audit.routes(settings.llm_routes))
             with progress_bar("reading", sum(map(_size, paths))) as bar:
                 if dry_run:
                     rows = [_looked_at(path, ledger, parse, settings, bar) for path in paths]

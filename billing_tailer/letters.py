@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billing_tailer.files import LogStream
-from billing_tailer.model import PlacedFact, PlacedRecord, Rejected, SeenFile, Skip, UsageFact
+from billing_tailer.model import FactRow, PlacedFact, PlacedRecord, Rejected, SeenFile, Skip
 from billing_tailer.plan import Parse
 
 
@@ -38,7 +38,7 @@ def read_again(
         return Unread(f"still {outcome.reason}: {outcome.detail}")
     if isinstance(outcome, Skip):
         return outcome
-    if isinstance(outcome, UsageFact):
+    if isinstance(outcome, FactRow):
         return PlacedFact(outcome, *place, letter["end_offset"])
     return PlacedRecord(outcome, *place)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from billing_tailer import app as daemon
-from billing_tailer import audit
+from billing_tailer import audit, fastlane
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.ledger import Operator, Reports, operator, proofs, reports
 from billing_tailer.letters import Unread, read_again
@@ -94,7 +94,7 @@ def _decided(
 def _parser(settings: Settings, path: str) -> Parse:
     if is_spool_file(path):
         return partial(parse_spool_line, cost_max=settings.cost_max_usd)
-    return partial(audit.parse, llm_path=audit.routes(settings.llm_routes))
+    return fastlane.parser(audit.routes(settings.llm_routes))
 
 
 def _finder(settings: Settings, dsn: str) -> Callable[[int], SeenFile | None]:

@@ -1,6 +1,6 @@
 """The values that travel through the rooms: immutable, no I/O, no clock.
 
-A line's way: bytes -> `UsageFact` | `Skip` | `Rejected` -> `Plan` -> one transaction. The records that exist once per
+A line's way: bytes -> `FactRow` | `Skip` | `Rejected` -> `Plan` -> one transaction. The records that exist once per
 line are `NamedTuple`s, because a frozen dataclass costs several times as much to make and there are 10,000 in a batch.
 """
 
@@ -130,10 +130,19 @@ class Rejected(NamedTuple):
     detail: str
 
 
+class FactRow(NamedTuple):
+    """A usage fact on its way into Postgres. text: its columns; waiting: its entry in the work list of calls that wait
+    for settlement; both as `rows` writes them."""
+
+    call_id: str
+    text: str
+    waiting: str
+
+
 class PlacedFact(NamedTuple):
     """A fact and the byte range it was read from; `end_offset` is exclusive and includes the newline."""
 
-    fact: UsageFact
+    fact: FactRow
     file_id: int
     start_offset: int
     end_offset: int

@@ -16,6 +16,7 @@ from billing_tailer.model import (
     BatchRow,
     DeadLetter,
     DeadLetterReason,
+    FactRow,
     FileStep,
     Gap,
     GapReason,
@@ -28,7 +29,6 @@ from billing_tailer.model import (
     Rejected,
     Skip,
     SpendRecord,
-    UsageFact,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ RAW_BYTES_MAX_TOO_LONG = 4 << 10
 RAW_BYTES_MAX_PER_FILE = 100 << 20
 """Beyond this a file's dead letters keep no bytes, so that a file of nothing but poison cannot fill the database."""
 
-Parse = Callable[[bytes], UsageFact | SpendRecord | Skip | Rejected]
+Parse = Callable[[bytes], FactRow | SpendRecord | Skip | Rejected]
 
 
 class Bytes(Protocol):
@@ -124,10 +124,9 @@ def take_lines(
     start = position.committed_offset
     for line in lines:
         end = start + len(line) + 1
-        outcome = _outcome(line, parse, line_bytes_max)
-        if type(outcome) is UsageFact:
-            counts[Outcome.FACT] += 1
-            facts.append(PlacedFact(outcome, position.file_id, start, end))
+        outcome = parse(line) if len(line) <= line_bytes_max else _too_long(line)
+        if type(outcome) is FactRow:
+            facts.append(tuple.__new__(PlacedFact, (outcome, position.file_id, start, end)))  # as PlacedFact(...)
         elif type(outcome) is Skip:
             counts[outcome.reason] += 1
             if outcome.call_id is not None:
@@ -140,6 +139,8 @@ def take_lines(
             letters.append(_dead_letter(position.file_id, start, line + b"\n", outcome, kept_bytes))
             kept_bytes += len(letters[-1].raw)
         start = end
+    if facts:
+        counts[Outcome.FACT] = len(facts)
     grown = _grow(position, row, taken, counts)
     head = position.head + taken[: max(0, HEAD_BYTES_MAX - len(position.head))]
     tail = taken[-FRONTIER_BYTES_MAX:]
@@ -240,10 +241,8 @@ def refused(fact: PlacedFact, line: bytes, detail: str) -> DeadLetter:
     return _dead_letter(fact.file_id, fact.start_offset, line, rejected, 0)
 
 
-def _outcome(line: bytes, parse: Parse, line_bytes_max: int) -> UsageFact | SpendRecord | Skip | Rejected:
-    if len(line) > line_bytes_max:
-        return Rejected(DeadLetterReason.TOO_LONG, f"{len(line) + 1} bytes")
-    return parse(line)
+def _too_long(line: bytes) -> Rejected:
+    return Rejected(DeadLetterReason.TOO_LONG, f"{len(line) + 1} bytes")
 
 
 def _room(kept_bytes: int) -> int:

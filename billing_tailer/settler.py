@@ -70,10 +70,14 @@ class Settler:
         for batch in _batches(self._ledger.doubtful_calls(), BATCH_CALLS_MAX):
             self._settle(batch)
 
-    def after_commit(self, call_ids: Collection[str]) -> None:
-        """Decide the calls of a plan that was committed just now, as far as anything is known of their cost."""
+    def decidable(self, call_ids: Collection[str]) -> list[str]:
+        """Those of the calls of a plan that was committed just now of whose cost anything is known."""
         if call_ids and not self._by_header:
-            call_ids = self._ledger.with_records(call_ids)
+            return self._ledger.with_records(call_ids)
+        return list(call_ids)
+
+    def after_commit(self, call_ids: Collection[str]) -> None:
+        """Decide calls that are decidable."""
         for batch in _batches(sorted(call_ids), BATCH_CALLS_MAX):
             self._settle(batch)
 
@@ -135,7 +139,7 @@ class Settler:
         self._events.polled(len(poll.records), new, poll.rejected, poll.failure)
         self._health.say("spend_logs", [] if poll.failure is None else [poll.failure])
         if new:
-            self.after_commit({record.call_id for record in poll.records})
+            self.after_commit(self.decidable({record.call_id for record in poll.records}))
         self._next_poll = time.monotonic() + POLL_SECONDS
         if not poll.complete:
             return

@@ -210,25 +210,37 @@ class Tailer:
         if not sound:
             return
         plan = build(sound)
-        committing = self._committer.submit(self._ledger.commit, plan)
+        sending = self._committer.submit(self._send, plan)
         ahead = None
         try:
             if batch.full:
                 follower = self._follower
                 ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=sound)
         finally:
-            wait([committing])
+            wait([sending])
         try:
-            committed = committing.result()
+            committed, known = sending.result()
         except RowRejected as error:
             sifted, ahead = self._without_refused(plan, error), None
             if sifted is None:
                 self._follower.scan_soon()
                 return
-            plan, committed = sifted, self._ledger.commit(sifted)
+            plan, (committed, known) = sifted, self._send(sifted)
         self._adopt(plan, sound, committed)
         # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
+        if isinstance(known, LedgerUnavailable):
+            raise known
+        self._settler.after_commit(known)
+
+    def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:
+        """Commit, and ask which of the calls can be decided now. That question failing undoes no commit."""
+        committed = self._ledger.commit(plan)
+        calls = {fact.fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
+        try:
+            return committed, self._settler.decidable(calls)
+        except LedgerUnavailable as error:
+            return committed, error
 
     def _still_sound(self, work: FileWork) -> bool:
         position = work.step.position
@@ -265,6 +277,3 @@ class Tailer:
                 self._events.gap(step.gap, step.position.path)
             counts.update(step.counts)
         self._events.committed(plan, counts, committed.seconds, time.time())
-        self._settler.after_commit(
-            {fact.fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
-        )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from billing_tailer.audit import parse, routes
 from billing_tailer.model import DeadLetterReason, Rejected, Skip, SkipReason, UsageFact
+from billing_tailer.rows import row_of
 from billing_tailer.settings import LLM_ROUTES
 from tests.support.loglines import RECORDED
 
@@ -834,6 +835,14 @@ def test_not_utf8_is_no_account() -> None:
         fact = fact_of(nginx_line(end_user=name.encode("latin-1"), run_id=b"r\xff"))
         assert (fact.billing_account_id, fact.run_id, fact.call_id) == (None, "run-m", CALL_ID)
     assert fact_of(nginx_line(end_user="müller".encode())).billing_account_id == "müller"
+
+
+@pytest.mark.parametrize(("text", "kept"), [("999999999.999", True), ("1000000000", False), ("70000000000", False)])
+def test_a_duration_leads_to_a_date(text: str, kept: bool) -> None:
+    """Otherwise no start could be computed of the call, and its batch would never be committed."""
+    fact = fact_of(nginx_line(request_time=text.encode()))
+    assert fact.request_seconds == (Decimal(text) if kept else None)
+    assert row_of(fact).call_id == fact.call_id
 
 
 # --- properties -----------------------------------------------------------------------------------------------------

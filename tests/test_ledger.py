@@ -4,26 +4,28 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from decimal import Decimal
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from billing_tailer import audit, plan
+from billing_tailer import audit, fastlane, plan
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, RowRejected
 from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
 from billing_tailer.ledger.connection import connect, wrapped
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX
-from billing_tailer.model import FileStep, Plan, Position
+from billing_tailer.model import FileStep, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
 from billing_tailer.settings import LLM_ROUTES
+from billing_tailer.spend import parse_spool_line
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
+from tests.support.spendlines import payload, spool_line
 
-parse = partial(audit.parse, llm_path=audit.routes(LLM_ROUTES))
+parse = fastlane.parser(audit.routes(LLM_ROUTES))
 
 
 @pytest.fixture
@@ -302,3 +304,12 @@ def test_a_deadlock_is_taken_through_staging(dsn: str, tmp_path: Path, monkeypat
     assert tries == [1]
     assert outcomes(dsn) == {"fact": 60}
     assert_sound(dsn)
+
+
+def test_calls_with_records(ledger: Ledger) -> None:
+    """Whatever the ids are made of."""
+    odd = ['quo"te', "back\\slash", "com,ma", "{brace}", "NULL", "ümlaut", "\\", "'"]
+    records = [parse_spool_line(spool_line(payload(1, litellm_call_id=call_id))[:-1], Decimal(1)) for call_id in odd]
+    ledger.add_records([record for record in records if isinstance(record, SpendRecord)])
+    assert sorted(ledger.with_records({*odd, "unknown", "{}"})) == sorted(odd)
+    assert ledger.with_records(set()) == []

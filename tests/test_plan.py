@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -17,6 +16,7 @@ from billing_tailer.model import (
     BatchRow,
     DeadLetter,
     DeadLetterReason,
+    FactRow,
     FileState,
     FileStep,
     Outcome,
@@ -25,32 +25,8 @@ from billing_tailer.model import (
     Rejected,
     Skip,
     SkipReason,
-    UsageFact,
 )
 from billing_tailer.plan import FileWork, LongLine, OpenRow, build, refused, take_lines, take_long_line, without_refused
-
-FACT = UsageFact(
-    call_id="",
-    nginx_request_id="r",
-    proxy_call_id=None,
-    id_echoed=True,
-    run_id=None,
-    attempt=None,
-    graph_id=None,
-    billing_account_id=None,
-    method="POST",
-    path="/",
-    status=200,
-    request_completed=True,
-    provenance="response",
-    requested_model=None,
-    header_cost_usd=None,
-    header_model_group=None,
-    cache_key=None,
-    request_seconds=None,
-    occurred_at=datetime(2026, 11, 22, tzinfo=UTC),
-    line_sha256=None,
-)
 
 
 def batch_of(step: FileStep) -> BatchRow:
@@ -70,10 +46,10 @@ class Chunk:
     size: int
 
 
-def parse(line: bytes) -> UsageFact | Skip | Rejected:
+def parse(line: bytes) -> FactRow | Skip | Rejected:
     """By the first byte: f a fact, b a bad line, anything else a skip."""
     if line.startswith(b"f"):
-        return FACT._replace(call_id=line.decode("latin-1"))
+        return FactRow(line.decode("latin-1"), "", "")
     if line.startswith(b"b"):
         return Rejected(DeadLetterReason.INVALID_JSON, "bad")
     return Skip(SkipReason.NOT_LLM_ROUTE)

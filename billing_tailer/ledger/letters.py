@@ -4,20 +4,15 @@ Goes the way of everybody who decides (`settlement.deciding`), beside a running 
 keeps its counts: it was read as a dead letter.
 """
 
-from typing import Any
-
-from psycopg import sql
-
 from billing_tailer.errors import RowRejected, TailerError
 from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
 from billing_tailer.ledger.records import insert_records
-from billing_tailer.ledger.writer import COLUMNS
+from billing_tailer.ledger.writer import COLUMNS, copy_text, row_text
 from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, Skip
 
 DISCARDED = "discarded"
-_COLUMNS = sql.SQL(", ".join(COLUMNS))
-_COPY_STAGED = sql.SQL(query("copy_staged")).format(columns=_COLUMNS)
-_INSERT_STAGED = sql.SQL(query("insert_staged")).format(columns=_COLUMNS)
+_COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
+_INSERT_STAGED = query("insert_staged").format(columns=", ".join(COLUMNS))
 
 
 def decide_letter(
@@ -55,9 +50,7 @@ def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | Skip, d
     if isinstance(becomes, PlacedRecord):
         return Outcome.SPEND_RECORD if insert_records(connection, [becomes]) else Outcome.REPLAYED
     connection.execute(query("create_staging"))
-    row: tuple[Any, ...] = (*becomes.fact, becomes.file_id, becomes.start_offset, becomes.end_offset, 0)
-    with connection.cursor() as cursor, cursor.copy(_COPY_STAGED) as copy:
-        copy.write_row(row)
+    copy_text(connection, _COPY_STAGED, [f"{row_text(becomes)}\t0"])
     inserted = connection.execute(_INSERT_STAGED).fetchall()
     numbers = [0] if inserted else []
     connection.execute(query("unsettle_staged"), {"inserted": numbers})

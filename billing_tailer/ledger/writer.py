@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
@@ -21,6 +21,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
+from psycopg.types.string import StrDumperUnknown
 from tenacity import RetryError, Retrying, retry_if_exception_type, wait_exponential_jitter
 
 from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, TailerError
@@ -53,9 +54,10 @@ from billing_tailer.model import (
     Position,
     SeenFile,
     SpendRecord,
-    UsageFact,
 )
 from billing_tailer.plan import moved_counts
+from billing_tailer.rows import COLUMNS as FACT_COLUMNS
+from billing_tailer.rows import values_of
 from billing_tailer.settle import CallState, Decision
 
 PING_SECONDS = 2.0
@@ -67,12 +69,14 @@ OTHER_VOLUME_SECONDS = 3.0
 WAIT_SECONDS_MAX = 1.0
 LETTERS_COUNTED_MAX = 10_000
 DEADLOCK_ATTEMPTS = 5
+COPY_ROWS = 500
+"""So many rows are handed to COPY at a time: a quarter of a megabyte."""
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
 SKIPPED_CALLS_MAX = 200_000
 """Of the calls whose lines were skipped, so many are remembered: 30 MB, however many strangers knock."""
 
-COLUMNS = (*UsageFact._fields, "file_id", "start_offset", "end_offset")
+COLUMNS = (*FACT_COLUMNS, "file_id", "start_offset", "end_offset")
 _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
 _INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
@@ -385,8 +389,8 @@ class Ledger:
         if len(plan.facts) > PIPELINE_FACTS_MAX:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
-                _copy(session, _COPY_FACTS, (_row(fact) for fact in plan.facts))
-                _copy(session, query("copy_unsettled"), (_unsettled(fact.fact) for fact in plan.facts))
+                copy_text(session, _COPY_FACTS, [row_text(fact) for fact in plan.facts])
+                copy_text(session, query("copy_unsettled"), [fact.fact.waiting for fact in plan.facts])
                 with session.pipeline() as pipeline:
                     self._write_positions(plan, steps, pipeline)
             return steps
@@ -396,9 +400,9 @@ class Ledger:
             steps = self._insert_records(plan)
             with session.pipeline() as pipeline:
                 if plan.facts:
-                    session.cursor().executemany(_INSERT_FACT, [_row(fact) for fact in plan.facts])
-                    rows = [_unsettled(fact.fact) for fact in plan.facts]
-                    session.cursor().executemany(query("insert_unsettled"), rows)
+                    _texts(session).executemany(_INSERT_FACT, [_values(fact) for fact in plan.facts])
+                    waiting = [values_of(fact.fact.waiting) for fact in plan.facts]
+                    _texts(session).executemany(query("insert_unsettled"), waiting)
                 self._write_positions(plan, steps, pipeline)
         return steps
 
@@ -408,14 +412,15 @@ class Ledger:
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
             session.execute(query("create_staging"))
-            _copy(session, _COPY_STAGED, ((*_row(fact), number) for number, fact in enumerate(plan.facts)))
+            texts = [f"{row_text(fact)}\t{number}" for number, fact in enumerate(plan.facts)]
+            copy_text(session, _COPY_STAGED, texts)
             first: dict[str, int] = {}
             for number, fact in enumerate(plan.facts):
                 first.setdefault(fact.fact.call_id, number)
             inserted = [first[row[0]] for row in session.execute(_INSERT_STAGED).fetchall()]
             session.execute(query("unsettle_staged"), {"inserted": inserted})
             others = session.execute(query("classify_staged"), {"inserted": inserted}).fetchall()
-            steps, conflicts = _sort_out(plan, steps, others)
+            steps, conflicts = _sort_out(steps, others)
             if conflicts:
                 session.execute(query("insert_conflicts"), {"conflicts": conflicts})
                 # the call may be settled: after a crash right now nobody else would look at it again
@@ -489,7 +494,7 @@ class Ledger:
     def with_records(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls about which there is a spend record."""
         with wrapped():
-            rows = self._session.execute(query("with_records"), {"call_ids": list(call_ids)}).fetchall()
+            rows = self._session.execute(query("with_records"), {"call_ids": _array(call_ids)}).fetchall()
         return [row[0] for row in rows]
 
     def deciding(self) -> contextlib.AbstractContextManager[None]:
@@ -550,7 +555,7 @@ class Ledger:
             for index, fact in enumerate(plan.facts):
                 try:
                     with self._session.transaction():
-                        self._session.execute(_INSERT_FACT, _row(fact))
+                        _texts(self._session).execute(_INSERT_FACT, _values(fact))
                 except psycopg.errors.UniqueViolation:
                     continue
                 except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
@@ -558,30 +563,43 @@ class Ledger:
         return refused
 
 
-def _copy(session: Connection, statement: str, rows: Any) -> None:
+def copy_text(session: Connection, statement: str, texts: Sequence[str]) -> None:
+    """COPY rows that are text already."""
     with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
-        for row in rows:
-            copy.write_row(row)
+        for start in range(0, len(texts), COPY_ROWS):
+            copy.write("\n".join(texts[start : start + COPY_ROWS]) + "\n")
 
 
-def _row(placed: PlacedFact) -> tuple[Any, ...]:
-    return (*placed.fact, placed.file_id, placed.start_offset, placed.end_offset)
+def row_text(placed: PlacedFact) -> str:
+    """A fact with its place: the columns COLUMNS."""
+    return f"{placed.fact.text}\t{placed.file_id}\t{placed.start_offset}\t{placed.end_offset}"
 
 
-def _unsettled(fact: UsageFact) -> tuple[str, datetime]:
-    return (fact.call_id, fact.occurred_at - timedelta(seconds=float(fact.request_seconds or 0)))
+def _texts(session: Connection) -> psycopg.Cursor[Any]:
+    """A cursor that leaves it to Postgres what type a text is."""
+    cursor = session.cursor()
+    cursor.adapters.register_dumper(str, StrDumperUnknown)
+    return cursor
+
+
+def _array(texts: Collection[str]) -> str:
+    """The text of an array: thousands of elements, one by one, would take their time."""
+    escaped = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return '{"' + '","'.join(escaped) + '"}' if escaped else "{}"
+
+
+def _values(placed: PlacedFact) -> list[Any]:
+    return [*values_of(placed.fact.text), placed.file_id, placed.start_offset, placed.end_offset]
 
 
 def _sort_out(
-    plan: Plan, before: Sequence[FileStep], others: Sequence[tuple[int, int, bool]]
+    before: Sequence[FileStep], others: Sequence[tuple[int, int, bool, str]]
 ) -> tuple[tuple[FileStep, ...], list[int]]:
     """Lines that made no fact -> steps with the counts put right, and the numbers of the conflicting lines."""
     change: dict[int, dict[str, int]] = {}
     conflicts: list[int] = []
-    seen: set[tuple[str, str | None, bytes | None]] = set()
-    for number, file_id, replayed in others:
-        fact = plan.facts[number].fact
-        identity = (fact.call_id, fact.nginx_request_id, fact.line_sha256)
+    seen: set[str] = set()
+    for number, file_id, replayed, identity in others:
         outcome = Outcome.REPLAYED if replayed or identity in seen else Outcome.CONFLICT
         if outcome is Outcome.CONFLICT:
             conflicts.append(number)

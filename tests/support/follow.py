@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from billing_tailer import audit
+from billing_tailer import audit, fastlane
 from billing_tailer.events import Events, configure_logging
 from billing_tailer.files import LogFiles
 from billing_tailer.follower import Follower
@@ -67,7 +67,7 @@ def following(
         return "/callbacks-" in path
 
     follower = Follower(files, ledger, events, health, start_at_end=start_at_end, is_spool=is_spool)
-    audit_line = partial(audit.parse, llm_path=audit.routes(LLM_ROUTES))
+    audit_line = fastlane.parser(audit.routes(LLM_ROUTES))
     spool_line = partial(parse_spool_line, cost_max=Decimal(1000))
 
     def parser_of(path: str) -> Parse:

@@ -71,10 +71,10 @@ on conflict (file_id, start_offset) do nothing
 insert into usage_facts ({columns}) values ({values})
 
 -- name: copy_facts
-copy usage_facts ({columns}) from stdin
+copy usage_facts ({columns}) from stdin with (null '')
 
 -- name: copy_staged
-copy staged_facts ({columns}, line_number) from stdin
+copy staged_facts ({columns}, line_number) from stdin with (null '')
 
 -- name: insert_unsettled
 insert into unsettled_facts (call_id, started_at) values (%s, %s)
@@ -117,7 +117,8 @@ select s.line_number, s.file_id,
        or exists (select from call_conflicts c
                   where c.call_id = s.call_id
                     and c.nginx_request_id is not distinct from s.nginx_request_id
-                    and c.line_sha256 is not distinct from s.line_sha256) as replayed
+                    and c.line_sha256 is not distinct from s.line_sha256) as replayed,
+       row(s.call_id, s.nginx_request_id, s.line_sha256)::text as identity
 from staged_facts s join usage_facts f using (call_id)
 where not s.line_number = any(%(inserted)s)
 order by s.line_number
@@ -284,7 +285,7 @@ union
  order by u.committed_at limit %(limit)s)
 
 -- name: with_records
-select distinct call_id from spend_records where call_id = any(%(call_ids)s)
+select distinct call_id from spend_records where call_id = any(%(call_ids)s::text[])
 
 -- name: settle_facts
 select f.*, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8) as started_at,

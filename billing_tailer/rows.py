@@ -1,0 +1,74 @@
+"""A usage fact as one row of Postgres' COPY text format, with the empty string for null. Pure.
+
+A row is made once, where the line is read, and travels as text: nothing between there and Postgres looks at its values
+(tests/test_rows.py holds that Postgres reads back the same fact).
+"""
+
+import re
+from datetime import datetime, timedelta
+from decimal import Decimal
+
+from billing_tailer.model import FactRow, UsageFact
+
+OWN_COLUMNS = (
+    "proxy_call_id",
+    "call_id",
+    "nginx_request_id",
+    "request_seconds",
+    "header_cost_usd",
+    "cache_key",
+    "occurred_at",
+    "line_sha256",
+)
+"""Columns whose values differ from call to call."""
+SHARED_COLUMNS = tuple(name for name in UsageFact._fields if name not in OWN_COLUMNS)
+"""Columns of which many calls have the same values: `fastlane` makes their text once."""
+COLUMNS = (*OWN_COLUMNS, *SHARED_COLUMNS)
+"""The columns of a row's text, in its order."""
+WAITING_COLUMNS = ("call_id", "started_at")
+"""The columns of the text of an entry in the work list."""
+
+_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f", "\v": "\\v"})
+_UNESCAPED = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
+_ESCAPED = re.compile(r"\\(.)")
+
+
+def row_of(fact: UsageFact) -> FactRow:
+    """The fact as text, without its place."""
+    started_at = fact.occurred_at - timedelta(seconds=float(fact.request_seconds or 0))
+    return FactRow(
+        fact.call_id,
+        "\t".join([_text(getattr(fact, name)) for name in COLUMNS]),
+        f"{_text(fact.call_id)}\t{_text(started_at)}",
+    )
+
+
+def shared_text(fact: UsageFact) -> str:
+    """The text of SHARED_COLUMNS."""
+    return "\t".join([_text(getattr(fact, name)) for name in SHARED_COLUMNS])
+
+
+def values_of(text: str) -> list[str | None]:
+    """What `row_of` wrote, column by column, as the text that Postgres would read each of them from."""
+    return [_unescaped(value) if value else None for value in text.split("\t")]
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case str():
+            return value.translate(_ESCAPES)
+        case bool():
+            return "t" if value else "f"
+        case int() | Decimal():
+            return str(value)
+        case datetime():
+            return value.isoformat(" ")
+        case bytes():
+            return f"\\\\x{value.hex()}"
+    raise AssertionError(f"a fact has no values of {type(value)}")
+
+
+def _unescaped(value: str) -> str:
+    return _ESCAPED.sub(lambda found: _UNESCAPED[found[1]], value)
