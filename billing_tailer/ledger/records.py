@@ -1,11 +1,11 @@
 """Spend records in and out of Postgres."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from billing_tailer.ledger.connection import Connection, query
-from billing_tailer.model import PlacedRecord, SpendRecord, SpendSource, SpendStatus
+from billing_tailer.model import PlacedRecord, SpendRecord, SpendSource, SpendStatus, UsageFact
 
 FIELDS = tuple(field.name for field in fields(SpendRecord))
 _TYPES = {
@@ -45,6 +45,17 @@ def insert_records(connection: Connection, records: Sequence[PlacedRecord]) -> s
     if new:
         connection.execute(query("touch_calls"), {"call_ids": sorted({key[0] for key in new})})
     return new
+
+
+def identity(fact: UsageFact) -> tuple[str, str | None, bytes | None]:
+    """What tells a line of a request that is known from another request under the same call id."""
+    return (fact.call_id, fact.nginx_request_id, fact.line_sha256)
+
+
+def known_lines(connection: Connection, call_ids: Collection[str]) -> set[tuple[str, str | None, bytes | None]]:
+    """The requests that are known under these call ids, by `identity`. Within the caller's transaction."""
+    rows = connection.execute(query("known_lines"), {"call_ids": list(call_ids)}).fetchall()
+    return {(row[0], row[1], row[2]) for row in rows}
 
 
 def record_of(row: Mapping[str, Any]) -> SpendRecord:
