@@ -111,14 +111,14 @@ def _check_database(settings: Settings, dsn: str) -> list[Finding]:
             not found["missing_grants"],
             "grants",
             "missing: " + ", ".join(found["missing_grants"]) if found["missing_grants"] else "all there",
-            f"grant them to {found['role']}",
+            f"as the owner of the schema, run deploy/postgres/grants.sql with -v daemon={found['role']}",
         ),
     ]
     if not found["append_only"]:
         embedded = settings.uses_embedded_postgres
         message = f"role {found['role']} may change or delete receipts, which are to be append-only"
         why = "; the embedded Postgres has one role for all" if embedded else ""
-        hint = "give the daemon a role of its own with the grants of docs/operating.md"
+        hint = "give the daemon a role of its own with the grants of deploy/postgres/grants.sql"
         findings.append(Finding(embedded, "receipts", message + why, hint, warning=embedded))
     apart = abs(time.time() - found["server_time"])
     findings.append(

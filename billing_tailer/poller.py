@@ -85,9 +85,11 @@ class Poller:
         rejected = 0
         failure = None
         try:
-            for rows in self._logs.window(window.started_from - MARGIN, window.ended_to + MARGIN):
-                rejected += self._take(rows, records)
-            for call_id in window.stragglers:
+            if window.span is not None:
+                started_from, _, ended_to = window.span
+                for rows in self._logs.window(started_from - MARGIN, ended_to + MARGIN):
+                    rejected += self._take(rows, records)
+            for call_id in (*window.late, *window.given_up):
                 rejected += self._take(self._logs.by_call_id(call_id), records)
         except LiteLLMStopped:
             raise

@@ -53,6 +53,15 @@ def values_of(text: str) -> list[str | None]:
     return [_unescaped(value) if value else None for value in text.split("\t")]
 
 
+def identity(row: FactRow) -> tuple[str, str | None, bytes | None]:
+    """Call id, nginx's request id, the line's hash where there is none: what tells a line of a request that is known
+    from another request under the same call id."""
+    values = dict(zip(OWN_COLUMNS, values_of(row.text), strict=False))
+    sha256 = values["line_sha256"]
+    digest = None if sha256 is None else bytes.fromhex(sha256.removeprefix("\\x"))
+    return row.call_id, values["nginx_request_id"], digest
+
+
 def _text(value: object) -> str:
     match value:
         case None:

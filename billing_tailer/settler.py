@@ -1,8 +1,12 @@
 """Turns facts and spend records into receipts, in the loop's own thread and session.
 
 After each commit the calls it touched are decided at once; a sweep every few seconds finds what a crash left between
-two transactions, and what only time decides (quiet failures, the deadline). Holds ORDER_DOES_NOT_MATTER and
-ONE_RECEIPT_PER_CALL together with `settle` and `ledger` (tests/test_settler.py).
+two transactions, and what only time decides (quiet failures, the deadline). It goes through the calls that wait page by
+page, at once where it finds something to do, and spends a fifth of the loop's time at most where it does not. Calls
+that an exception stops are not among them: a record touches them, LiteLLM is asked for them by name, ever more seldom,
+and a process that becomes the owner goes through them once, since its settings may decide them (tests/test_stopped.py).
+
+Holds ORDER_DOES_NOT_MATTER and ONE_RECEIPT_PER_CALL together with `settle` and `ledger` (tests/test_settler.py).
 """
 
 import time
@@ -17,11 +21,16 @@ from billing_tailer.poller import Poll, Poller
 from billing_tailer.settle import Decision, Rules, decide
 
 SWEEP_SECONDS = 5.0
-SWEEP_CALLS_MAX = 2000
+PAGE_CALLS = 2000
+"""So many calls are looked through at a time."""
+PAUSE_FACTOR = 4
+"""A page in which there was nothing to do is followed by a pause so many times as long."""
+COUNT_PAUSE_FACTOR = 20
 BATCH_CALLS_MAX = 1000
 POLL_SECONDS = 2.0
 """How long after one poll of the spend logs the next one begins, while calls wait."""
-STRAGGLERS_MAX = 10
+ASKED_BY_NAME_MAX = 10
+"""In one poll."""
 POLLS_REMEMBERED = 200
 
 
@@ -60,15 +69,21 @@ class Settler:
         self._spool_is_behind = spool_is_behind
         self._notify = notify
         self._next_sweep = 0.0
+        self._swept_to: tuple[datetime, str] | None = None
+        self._next_review = 0.0
+        self._reviewed_to: tuple[str, str] | None = None
+        self._reviewed = False
+        self._next_count = 0.0
         self._next_poll = 0.0
         self._poll_from: datetime | None = None
+        self._late_from: datetime | None = None
         self._polls: list[tuple[datetime, datetime, datetime]] = []
 
     def begin(self) -> None:
         """This process has become the owner: settings may be others than when exceptions were opened."""
-        self._next_sweep = 0.0
-        for batch in _batches(self._ledger.doubtful_calls(), BATCH_CALLS_MAX):
-            self._settle(batch)
+        self._next_sweep = self._next_review = 0.0
+        self._swept_to = self._reviewed_to = None
+        self._reviewed = False
 
     def decidable(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls of a plan that was committed just now of whose cost anything is known."""
@@ -78,23 +93,50 @@ class Settler:
 
     def after_commit(self, call_ids: Collection[str]) -> None:
         """Decide calls that are decidable."""
-        for batch in _batches(sorted(call_ids), BATCH_CALLS_MAX):
-            self._settle(batch)
+        self._settle_all(sorted(call_ids))
 
     def turn(self) -> bool:
         """What time brings: polls and sweeps. True if there may be more to do at once."""
         more = False
         if self._poller is not None:
             more = self._poll(self._poller)
+        if not self._reviewed and time.monotonic() >= self._next_review:
+            more = self._review() or more
         if time.monotonic() >= self._next_sweep:
-            due = self._ledger.due_calls(SWEEP_CALLS_MAX, self._timing.deadline_seconds, by_header=self._by_header)
-            for batch in _batches(due, BATCH_CALLS_MAX):
-                self._settle(batch)
-            self._next_sweep = time.monotonic() + SWEEP_SECONDS
-            self._events.settlement(self._ledger.settle_counts())
+            more = self._sweep() or more
         return more
 
-    def _settle(self, call_ids: Collection[str]) -> None:
+    def _sweep(self) -> bool:
+        """The touched calls, and a page of those that wait; True if there is more to do at once."""
+        began = time.monotonic()
+        touched = self._ledger.touched_calls(PAGE_CALLS)
+        page = self._ledger.waiting_calls(self._swept_to, PAGE_CALLS, self._timing.deadline_seconds)
+        due = self._ledger.due_calls(page.calls, by_header=self._by_header, is_over=self._nobody_left_to_ask)
+        changed = self._settle_all(sorted({*touched, *due}))
+        self._swept_to = page.end
+        at_once = len(touched) == PAGE_CALLS or (page.end is not None and changed)
+        self._next_sweep = _next(began, at_once=at_once, more=page.end is not None)
+        if time.monotonic() >= self._next_count:
+            counting = time.monotonic()
+            self._events.settlement(self._ledger.settle_counts())
+            self._next_count = time.monotonic() + COUNT_PAUSE_FACTOR * (time.monotonic() - counting)
+        return at_once
+
+    def _review(self) -> bool:
+        """A page of the calls that were stopped under the settings of then; True if there is more to do at once."""
+        began = time.monotonic()
+        page = self._ledger.open_exceptions(self._reviewed_to, PAGE_CALLS)
+        changed = self._settle_all(self._ledger.doubtful_calls(page, by_header=self._by_header))
+        self._reviewed_to, self._reviewed = page.end, page.end is None
+        at_once = not self._reviewed and changed
+        self._next_review = _next(began, at_once=at_once, more=True)
+        return at_once
+
+    def _settle_all(self, call_ids: Collection[str]) -> bool:
+        """Decide calls in batches; whether anything was decided."""
+        return sum(self._settle(batch) for batch in _batches(call_ids, BATCH_CALLS_MAX)) > 0
+
+    def _settle(self, call_ids: Collection[str]) -> int:
         with self._ledger.deciding():
             self._ledger.take_calls(call_ids)
             calls = self._ledger.load_calls(
@@ -105,9 +147,10 @@ class Settler:
             )
             decisions: dict[str, Decision] = {call.fact.call_id: decide(call, self._rules) for call in calls}
             self._ledger.write_decisions(decisions)
-        run_ids = {call.fact.run_id for call in calls if _has_changed(decisions[call.fact.call_id])}
-        self._notify({run_id for run_id in run_ids if run_id is not None})
+        changed = [call for call in calls if not decisions[call.fact.call_id].is_empty]
+        self._notify({call.fact.run_id for call in changed if call.fact.run_id is not None})
         self._events.settled(list(decisions.values()))
+        return len(changed)
 
     def _nobody_left_to_ask(self, waiting: Waiting) -> bool:
         """Both sources had their chance: the spool is empty, and a poll that began after the commit has covered it."""
@@ -124,12 +167,14 @@ class Settler:
             self._take(poll)
         if poller.busy or time.monotonic() < self._next_poll:
             return poll is not None
-        window = self._ledger.poll_window(self._poll_from, STRAGGLERS_MAX)
-        if window is None and self._poll_from is not None:
-            self._poll_from = None  # the end is reached: from the oldest again
-            window = self._ledger.poll_window(None, STRAGGLERS_MAX)
+        window = self._ledger.poll_window(self._poll_from, self._late_from, ASKED_BY_NAME_MAX)
+        if window.span is None and self._poll_from is not None:
+            # the end is reached: from the oldest again
+            window = self._ledger.poll_window(None, self._late_from, ASKED_BY_NAME_MAX)
+            self._poll_from = None
+        self._late_from = max(window.late.values(), default=None)
         self._next_poll = time.monotonic() + POLL_SECONDS
-        if window is not None:
+        if window.span is not None or window.late or window.given_up:
             poller.ask(window)
         return poll is not None
 
@@ -141,16 +186,21 @@ class Settler:
         if new:
             self.after_commit(self.decidable({record.call_id for record in poll.records}))
         self._next_poll = time.monotonic() + POLL_SECONDS
-        if not poll.complete:
+        self._ledger.asked(poll.window, answered=poll.complete)
+        if not poll.complete or poll.window.span is None:
             return
-        window = poll.window
-        self._polls.append((window.asked_at, window.started_from, window.started_to))
+        started_from, started_to, _ = poll.window.span
+        self._polls.append((poll.window.asked_at, started_from, started_to))
         del self._polls[:-POLLS_REMEMBERED]
-        self._poll_from = window.started_to
+        self._poll_from = started_to
 
 
-def _has_changed(decision: Decision) -> bool:
-    return bool(decision.receipt or decision.adjustment or decision.opened or decision.closed)
+def _next(began: float, *, at_once: bool, more: bool) -> float:
+    """When to go on: at once, after a pause that follows from how long this took, or in SWEEP_SECONDS."""
+    now = time.monotonic()
+    if at_once:
+        return now
+    return now + (PAUSE_FACTOR * (now - began) if more else SWEEP_SECONDS)
 
 
 def _batches(call_ids: Collection[str], size: int) -> list[list[str]]:

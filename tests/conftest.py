@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -56,13 +57,23 @@ def admin_dsn(session_dir: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def template_database(admin_dsn: str) -> Iterator[str]:
-    """The name of a database that has the schema and no rows."""
+def roles(admin_dsn: str) -> Iterator[database.Roles]:
+    """The roles of deploy/postgres/grants.sql, with its grants in every database that has the schema."""
+    with database.roles(admin_dsn) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def template_database(admin_dsn: str, roles: database.Roles) -> Iterator[str]:
+    """The name of a database that has the schema, with its grants, and no rows."""
     from billing_tailer import ledger
 
     name = database.create(admin_dsn, prefix="template")
+    dsn = database.dsn_of(admin_dsn, name)
     try:
-        ledger.migrate(database.dsn_of(admin_dsn, name))
+        ledger.migrate(dsn)
+        with psycopg.connect(dsn) as owner:
+            database.grant(dsn, owner=owner.info.user, daemon=roles.daemon, readonly=roles.readonly)
         yield name
     finally:
         database.drop(admin_dsn, name)
@@ -76,10 +87,9 @@ def dsn(admin_dsn: str, template_database: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def daemon_dsn(dsn: str) -> Iterator[str]:
-    """As `dsn`, with a role that has the grants of docs/operating.md and no more."""
-    with database.daemon_role(dsn) as role:
-        yield role
+def daemon_dsn(dsn: str, roles: database.Roles) -> str:
+    """As `dsn`, with a role that has the daemon's grants of deploy/postgres/grants.sql and no more."""
+    return roles.dsn(roles.daemon, dsn)
 
 
 @pytest.fixture
@@ -98,10 +108,11 @@ def log(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
-    """Verbs on the test's database and volume."""
+def verb(daemon_dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Verbs on the test's database and volume, with the daemon's role: an operator needs no other one but for `prune`
+    and `migrate`."""
     verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
+    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=daemon_dsn, CALLBACK_TOKEN="t" * 32)
     return verb
 
 

@@ -378,7 +378,7 @@ def test_check_of_the_grants(verb: Verb, log: Path, poor_dsn: Callable[[str], st
     verb.environment(DATABASE_URL=poor_dsn("select"))
     message = failing(verb.json("check", code=1))["grants"]
     assert "INSERT on usage_facts" in message
-    assert "UPDATE on tail_files" in message
+    assert "UPDATE (path, " in message
     assert "SELECT" not in message
 
 

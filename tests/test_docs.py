@@ -303,8 +303,8 @@ def test_queries_run(dsn: str) -> None:
 
 
 def test_the_grants_are_enough(dsn: str, daemon_dsn: str, tmp_path: Path) -> None:
-    """A role with the grants of docs/operating.md follows a log, with everything that can happen, moves an offset,
-    settles a call, corrects it, and opens and closes an exception; it cannot change what was charged."""
+    """A role with the grants of deploy/postgres/grants.sql follows a log, with everything that can happen, moves an
+    offset, settles a call, corrects it, and opens and closes an exception; it cannot change what was charged."""
     _follow_and_reset(daemon_dsn, tmp_path / "audit.jsonl")
     _settle_and_correct(daemon_dsn, tmp_path)
     _change_nothing(daemon_dsn)

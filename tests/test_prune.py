@@ -59,6 +59,7 @@ LEFT = [*(call(number) for number in (0, 1, 2, 3, 4, 10)), call(11), call(11)]
 @pytest.mark.parametrize("batch_rows", [1, 3, 5000])
 def test_prune(verb: Verb, fed: str, monkeypatch: pytest.MonkeyPatch, batch_rows: int) -> None:
     monkeypatch.setattr(pruning, "BATCH_ROWS", batch_rows)
+    verb.environment(MIGRATE_DATABASE_URL=fed)
     expected = {"calls": 5, "records": 6, "cost_usd": "0.101125"}
     before = rows(fed, "select * from charge_receipts order by source_reference")
     told = verb.json("prune", *REASON, "--dry-run")
@@ -81,7 +82,6 @@ def test_prune(verb: Verb, fed: str, monkeypatch: pytest.MonkeyPatch, batch_rows
 
 
 def test_the_owner_may_and_the_daemon_may_not(verb: Verb, fed: str, daemon_dsn: str) -> None:
-    verb.environment(DATABASE_URL=daemon_dsn)
     verb("prune", *REASON, code=2)
     assert "MIGRATE_DATABASE_URL" in verb.stderr
     assert verb.json("prune", *REASON, "--dry-run")["records"] == 6

@@ -4,7 +4,7 @@ Nothing outside this package sees a psycopg exception: `wrapped` sorts them into
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypeAlias
 
@@ -91,12 +91,16 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
             connection.execute(
                 "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
                 "set_config('timezone', 'UTC', false)",
-                (sql.Identifier(schema).as_string(connection), f"{STATEMENT_TIMEOUT_SECONDS}s"),
+                (_quoted(connection, schema), f"{STATEMENT_TIMEOUT_SECONDS}s"),
             )
         except psycopg.Error:
             connection.close()
             raise
     return connection
+
+
+def _quoted(connection: Connection, schema: str) -> str:
+    return sql.Identifier(schema).as_string(connection)
 
 
 def _refuse_what_libpq_refuses(dsn: str) -> None:
@@ -122,20 +126,33 @@ def migrate(dsn: str, schema: str = "billing") -> list[str]:
     with connect(dsn, schema) as connection, wrapped(), connection.transaction():
         connection.execute("set local statement_timeout = 0")
         connection.execute("select pg_advisory_xact_lock(%s)", (lock_key("migrate", schema),))
-        connection.execute(sql.SQL("create schema if not exists {}").format(sql.Identifier(schema)))
-        connection.execute(
-            "create table if not exists schema_migrations "
-            "(version integer primary key, name text not null, sha256 text not null, "
-            "applied_at timestamptz not null default now())"
-        )
-        missing = _missing(connection, schema)
-        for migration in missing:
-            connection.execute(migration.text)
-            connection.execute(
-                "insert into schema_migrations (version, name, sha256) values (%s, %s, %s)",
-                (migration.version, migration.name, migration.sha256),
-            )
+        try:
+            missing = _apply(connection, schema)
+        except pg.InsufficientPrivilege as error:
+            raise ConfigError(
+                f"role {connection.info.user} may not migrate schema {schema}: {_first_line(error)}",
+                "set BILLING_TAILER_MIGRATE_DATABASE_URL to the DSN of the role that owns the schema",
+            ) from error
     return [migration.name for migration in missing]
+
+
+def _apply(connection: Connection, schema: str) -> list[Migration]:
+    """Apply what is missing; returns it."""
+    if connection.execute("select to_regnamespace(%s)", (_quoted(connection, schema),)).fetchone() == (None,):
+        connection.execute(sql.SQL("create schema {}").format(sql.Identifier(schema)))
+    connection.execute(
+        "create table if not exists schema_migrations "
+        "(version integer primary key, name text not null, sha256 text not null, "
+        "applied_at timestamptz not null default now())"
+    )
+    missing = _missing(connection, schema)
+    for migration in missing:
+        connection.execute(migration.text)
+        connection.execute(
+            "insert into schema_migrations (version, name, sha256) values (%s, %s, %s)",
+            (migration.version, migration.name, migration.sha256),
+        )
+    return missing
 
 
 def require_schema(connection: Connection, schema: str) -> None:
@@ -198,3 +215,9 @@ def may_change_money(connection: Connection, schema: str) -> bool:
 def query(name: str) -> LiteralString:
     """A named statement of queries.sql."""
     return QUERIES[name]
+
+
+def text_array(texts: Collection[str]) -> str:
+    """A text[] as one text: thousands of elements, one by one, would take their time."""
+    escaped = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
+    return '{"' + '","'.join(escaped) + '"}' if escaped else "{}"

@@ -6,9 +6,10 @@ keeps its counts: it was read as a dead letter.
 
 from billing_tailer.errors import RowRejected, TailerError
 from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
-from billing_tailer.ledger.records import insert_records
+from billing_tailer.ledger.records import insert_records, known_lines
 from billing_tailer.ledger.writer import COLUMNS, copy_text, row_text
 from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, Skip
+from billing_tailer.rows import identity
 
 DISCARDED = "discarded"
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
@@ -56,8 +57,7 @@ def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | Skip, d
     connection.execute(query("unsettle_staged"), {"inserted": numbers})
     if inserted:
         return Outcome.FACT
-    (other,) = connection.execute(query("classify_staged"), {"inserted": numbers}).fetchall()
-    if other[2]:
+    if identity(becomes.fact) in known_lines(connection, [becomes.fact.call_id]):
         return Outcome.REPLAYED
     connection.execute(query("insert_conflicts"), {"conflicts": [0]})
     # the call may be settled: nobody else would look at it again

@@ -88,8 +88,12 @@ class Proofs:
         found: list[Generation] = []
         while True:
             after = found[-1].position.file_id if found else 0
-            page = self._rows("proof_files", source_id=self._source_id, after=after, limit=PAGE_ROWS)
-            found += map(_generation, page)
+            with wrapped(), self._connection.transaction():
+                self._connection.execute("set transaction isolation level repeatable read read only")
+                page = self._rows("proof_files", source_id=self._source_id, after=after, limit=PAGE_ROWS)
+                beyond = self._rows("proof_beyond", file_ids=[row["file_id"] for row in page])
+            first = {row["file_id"]: row["fact_beyond"] for row in beyond}
+            found += [_generation({**row, "fact_beyond": first.get(row["file_id"])}) for row in page]
             if len(page) < PAGE_ROWS:
                 return found
 
@@ -158,11 +162,12 @@ class Proofs:
         and that have no receipt; details or adjustments without a receipt."""
         after = ""
         while True:
-            (page,) = self._rows(f"proof_{which}", after=after, limit=PAGE_ROWS)
-            yield page["n"], page["odd"]
-            if page["n"] < PAGE_ROWS:
+            page = [next(iter(row.values())) for row in self._rows(f"proof_page_{which}", after=after, limit=PAGE_ROWS)]
+            odd = self._rows(f"proof_{which}", call_ids=page) if page else []
+            yield len(page), [next(iter(row.values())) for row in odd]
+            if len(page) < PAGE_ROWS:
                 return
-            after = page["last"]
+            after = page[-1]
 
     def _rows(self, name: str, **parameters: Any) -> list[dict[str, Any]]:
         with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:

@@ -80,7 +80,12 @@ def _batch(connection: Connection, prune_id: int | None, words: Mapping[str, Any
     with connection.transaction():
         connection.execute("select set_config('lock_timeout', %s, true)", (f"{LOCK_SECONDS_MAX}s",))
         connection.execute(query("hold_facts"))
-        [found] = _rows(connection, query("delete_unaudited").format(unaudited=unaudited), **words)
+        gone = _rows(connection, query("delete_unaudited").format(unaudited=unaudited), **words)
+        found = {
+            "calls": len({row["call_id"] for row in gone}),
+            "records": len(gone),
+            "cost_usd": sum((row["cost_usd"] for row in gone if row["cost_usd"] is not None), Decimal(0)),
+        }
         connection.execute(query("count_prune"), {"prune_id": prune_id, **found})
     return found
 

@@ -1,6 +1,6 @@
 """Spend records in and out of Postgres."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -45,6 +45,12 @@ def insert_records(connection: Connection, records: Sequence[PlacedRecord]) -> s
     if new:
         connection.execute(query("touch_calls"), {"call_ids": sorted({key[0] for key in new})})
     return new
+
+
+def known_lines(connection: Connection, call_ids: Collection[str]) -> set[tuple[str, str | None, bytes | None]]:
+    """The requests that are known under these call ids, by `rows.identity`. Within the caller's transaction."""
+    rows = connection.execute(query("known_lines"), {"call_ids": list(call_ids)}).fetchall()
+    return {(row[0], row[1], row[2]) for row in rows}
 
 
 def record_of(row: Mapping[str, Any]) -> SpendRecord:

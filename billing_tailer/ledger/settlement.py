@@ -7,13 +7,13 @@ committed rows; an operator's verbs decide beside it, one after the other (`deci
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
+from billing_tailer.ledger.connection import Connection, lock_key, query, text_array, wrapped
 from billing_tailer.ledger.records import record_of
 from billing_tailer.model import (
     Adjustment,
@@ -33,6 +33,11 @@ _ADJUSTMENT_COLUMNS = tuple(field.name for field in fields(Adjustment))
 SETTLED = (Standing.SETTLED, Standing.NOT_CHARGED)
 """Standings that take a call off the list of unsettled facts; a later record brings it back to the table."""
 
+STOPPED = (Standing.OVERDUE, Standing.HELD, Standing.UNATTRIBUTED)
+"""Standings that only a record or a person changes: such calls leave the sweep's way."""
+ASK_AFTER_MIN, ASK_AFTER_MAX = timedelta(minutes=15), timedelta(days=7)
+"""A call that was given up is asked for by name when it is twice as old as the last time, within these bounds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -45,23 +50,107 @@ class Waiting:
 
 
 @dataclass(frozen=True, slots=True)
+class WaitingPage:
+    """Some of the calls that time may decide, by call id. end: where the next page begins; None: there is none."""
+
+    calls: Mapping[str, Waiting]
+    end: tuple[datetime, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExceptionPage:
+    """Some of the calls with an open exception that other settings may decide. overdue: those that are overdue; others:
+    all others. end: where the next page begins; None: there is none."""
+
+    overdue: tuple[str, ...]
+    others: tuple[str, ...]
+    end: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What to ask LiteLLM's spend logs for: the time before the question (Postgres' clock), the span of the calls'
-    starts and ends, and calls that earlier polls did not find."""
+    starts and ends, None where none waits, and calls to ask for by name: that earlier polls did not find, with their
+    start, and that were given up, with the time since their line's commit."""
 
     asked_at: datetime
-    started_from: datetime
-    started_to: datetime
-    ended_to: datetime
-    stragglers: tuple[str, ...]
+    span: tuple[datetime, datetime, datetime] | None
+    late: Mapping[str, datetime]
+    given_up: Mapping[str, timedelta]
 
 
-def due(connection: Connection, source_id: str, limit: int, deadline_seconds: int, *, by_header: bool) -> list[str]:
-    """Calls to look at: those about which records have come, those whose waiting time may be over, and, by header,
-    those whose header may say what they cost."""
-    words = {"source_id": source_id, "limit": limit, "deadline": deadline_seconds, "by_header": by_header}
+def touched(connection: Connection, limit: int) -> list[str]:
+    """Calls about which records have come that were not looked at yet."""
     with wrapped():
-        return [row[0] for row in connection.execute(query("due_calls"), words).fetchall()]
+        return [row[0] for row in connection.execute(query("touched"), {"limit": limit}).fetchall()]
+
+
+def waiting(
+    connection: Connection, after: tuple[datetime, str] | None, limit: int, deadline_seconds: int
+) -> WaitingPage:
+    """The next calls that time may decide, of all sources, in the order of their start."""
+    start, call = after or ("-infinity", "")
+    words = {"after_start": start, "after_call": call, "limit": limit, "deadline": deadline_seconds}
+    with wrapped():
+        rows = connection.execute(query("waiting_calls"), words).fetchall()
+    end = (rows[-1][2], rows[-1][0]) if len(rows) == limit else None
+    return WaitingPage({row[0]: Waiting(*row[1:]) for row in rows}, end)
+
+
+def due(
+    connection: Connection,
+    source_id: str,
+    calls: Mapping[str, Waiting],
+    *,
+    by_header: bool,
+    is_over: Callable[[Waiting], bool],
+) -> list[str]:
+    """Those of the source's waiting calls that can be decided: a crash has come between their records and their
+    receipt, their waiting time is over, or, by header, their line says what they cost."""
+    over = {call_id for call_id, call in calls.items() if call.deadline_passed and is_over(call)}
+    known = set() if by_header else set(with_records(connection, calls))
+    decidable = over | known
+    own = _own(connection, source_id, calls if by_header else decidable)
+    return [call_id for call_id, by_line in own.items() if call_id in decidable or (by_header and by_line)]
+
+
+def _own(connection: Connection, source_id: str, call_ids: Collection[str]) -> dict[str, bool]:
+    """The source's own calls among these, and whether the line says what the call costs."""
+    if not call_ids:
+        return {}
+    with wrapped():
+        rows = connection.execute(query("own_calls"), {"source_id": source_id, "call_ids": list(call_ids)}).fetchall()
+    return {row[0]: row[1] for row in rows}
+
+
+def with_records(connection: Connection, call_ids: Collection[str]) -> list[str]:
+    """Those of the calls about which there is a spend record."""
+    if not call_ids:
+        return []
+    with wrapped():
+        rows = connection.execute(query("with_records"), {"call_ids": text_array(call_ids)}).fetchall()
+    return [row[0] for row in rows]
+
+
+def open_exceptions(connection: Connection, after: tuple[str, str] | None, limit: int) -> ExceptionPage:
+    """The next calls, of all sources, with an exception that other settings may decide: FREE_MODELS, COST_MAX_USD,
+    CORRECTIONS, the account, COST_SOURCE."""
+    kind, call = after or ("", "")
+    words = {"after_kind": kind, "after_call": call, "limit": limit}
+    with wrapped():
+        rows = connection.execute(query("open_page"), words).fetchall()
+    overdue = tuple(row[1] for row in rows if row[0] == ExceptionKind.OVERDUE)
+    others = tuple(row[1] for row in rows if row[0] != ExceptionKind.OVERDUE)
+    return ExceptionPage(overdue, others, (rows[-1][0], rows[-1][1]) if len(rows) == limit else None)
+
+
+def doubtful(connection: Connection, source_id: str, page: ExceptionPage, *, by_header: bool) -> list[str]:
+    """Those of a page that the settings of now may decide. An overdue call only where its records came while they did
+    not count, or where its header counts now and says what the call costs."""
+    if by_header:
+        own = _own(connection, source_id, page.overdue)
+        return [*page.others, *(call_id for call_id in page.overdue if own.get(call_id))]
+    return [*page.others, *with_records(connection, page.overdue)]
 
 
 @contextmanager
@@ -82,12 +171,6 @@ def take(connection: Connection, call_ids: Collection[str]) -> None:
     """
     with wrapped():
         connection.execute(query("forget_touched"), {"call_ids": list(call_ids)})
-
-
-def doubtful(connection: Connection) -> list[str]:
-    """Calls with an exception that other settings may decide: FREE_MODELS, COST_MAX_USD, CORRECTIONS, the account."""
-    with wrapped():
-        return [row[0] for row in connection.execute(query("doubtful_calls")).fetchall()]
 
 
 def load(
@@ -173,6 +256,7 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
     done = [call_id for call_id, decision in decisions.items() if decision.standing in SETTLED]
     # a late record can hold a call that was not to be charged: it waits again
     reopened = [key for key, one in decisions.items() if one.standing not in SETTLED and not one.is_empty]
+    stopped = [key for key, one in decisions.items() if one.standing in STOPPED or key in reopened]
     with wrapped(), connection.transaction(), connection.pipeline(), connection.cursor() as cursor:
         for name, rows in (
             ("insert_receipt", [_receipt_row(receipt) for receipt in receipts]),
@@ -186,6 +270,9 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
         cursor.execute(query("forget_unsettled"), {"call_ids": done})
         if reopened:
             cursor.execute(query("unsettle_calls"), {"call_ids": reopened})
+            cursor.execute(query("resume_calls"), {"call_ids": reopened})
+        if stopped:
+            cursor.execute(query("stop_calls"), {"call_ids": stopped, "seconds": ASK_AFTER_MIN.total_seconds()})
 
 
 def _receipt_row(receipt: Receipt) -> dict[str, Any]:
@@ -209,16 +296,45 @@ def _exception_row(one: CallException) -> dict[str, Any]:
 
 
 def window(
-    connection: Connection, source_id: str, *, started_after: datetime | None, straggler_limit: int
-) -> Window | None:
-    """What to ask the spend logs for next, an hour of starts at most, from `started_after` on; None: nothing waits."""
-    words = {"source_id": source_id, "started_after": started_after, "limit": straggler_limit}
-    with wrapped(), connection.cursor(row_factory=dict_row) as cursor:
+    connection: Connection,
+    source_id: str,
+    *,
+    started_after: datetime | None,
+    late_after: datetime | None,
+    limit: int,
+) -> Window:
+    """What to ask the spend logs for next: an hour of starts at most, from `started_after` on, and up to `limit` calls
+    by name, half of them given up, the others from `late_after` on."""
+    words: dict[str, Any] = {"source_id": source_id, "started_after": started_after or "-infinity"}
+    with wrapped(), connection.transaction(), connection.cursor(row_factory=dict_row) as cursor:
+        cursor.execute(query("go_by_keys"))
         row = cursor.execute(query("poll_window"), words).fetchone()
-        if row is None or row["started_from"] is None:
-            return None
-        stragglers = tuple(one["call_id"] for one in cursor.execute(query("stragglers"), words).fetchall())
-    return Window(row["asked_at"], row["started_from"], row["started_to"], row["ended_to"], stragglers)
+        assert row is not None
+        given_up = cursor.execute(query("stragglers"), {**words, "limit": limit // 2}).fetchall()
+        words |= {"after_start": late_after or "-infinity", "limit": limit - len(given_up)}
+        late = cursor.execute(query("late_calls"), words).fetchall()
+    return Window(
+        row["asked_at"],
+        None if row["started_from"] is None else (row["started_from"], row["started_to"], row["ended_to"]),
+        {one["call_id"]: one["started_at"] for one in late},
+        {one["call_id"]: row["asked_at"] - one["committed_at"] for one in given_up},
+    )
+
+
+def asked(connection: Connection, window: Window, *, answered: bool) -> None:
+    """Note when calls that were given up are to be asked for again: the older, the later; soon, where there was no
+    answer."""
+    rows = [
+        {"call_id": call_id, "ask_at": window.asked_at + _pause(age if answered else ASK_AFTER_MIN)}
+        for call_id, age in window.given_up.items()
+    ]
+    if rows:
+        with wrapped(), connection.transaction(), connection.pipeline(), connection.cursor() as cursor:
+            cursor.executemany(query("ask_later"), rows)
+
+
+def _pause(age: timedelta) -> timedelta:
+    return min(max(age, ASK_AFTER_MIN), ASK_AFTER_MAX)
 
 
 def counts(connection: Connection) -> dict[str, Any]:

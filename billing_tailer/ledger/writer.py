@@ -36,7 +36,7 @@ from billing_tailer.ledger.connection import (
     require_schema,
     wrapped,
 )
-from billing_tailer.ledger.records import insert_records, record_key
+from billing_tailer.ledger.records import insert_records, known_lines, record_key
 from billing_tailer.ledger.resets import Reset, already_applied, apply_reset, range_start
 from billing_tailer.model import (
     BatchRow,
@@ -57,7 +57,7 @@ from billing_tailer.model import (
 )
 from billing_tailer.plan import moved_counts
 from billing_tailer.rows import COLUMNS as FACT_COLUMNS
-from billing_tailer.rows import values_of
+from billing_tailer.rows import identity, values_of
 from billing_tailer.settle import CallState, Decision
 
 PING_SECONDS = 2.0
@@ -419,8 +419,7 @@ class Ledger:
                 first.setdefault(fact.fact.call_id, number)
             inserted = [first[row[0]] for row in session.execute(_INSERT_STAGED).fetchall()]
             session.execute(query("unsettle_staged"), {"inserted": inserted})
-            others = session.execute(query("classify_staged"), {"inserted": inserted}).fetchall()
-            steps, conflicts = _sort_out(steps, others)
+            steps, conflicts = _sort_out(plan, steps, set(inserted), known_lines(session, first))
             if conflicts:
                 session.execute(query("insert_conflicts"), {"conflicts": conflicts})
                 # the call may be settled: after a crash right now nobody else would look at it again
@@ -487,23 +486,41 @@ class Ledger:
 
     # --- settlement
 
-    def due_calls(self, limit: int, deadline_seconds: int, *, by_header: bool) -> list[str]:
-        """Calls that settlement should look at. by_header: also those that their header may settle."""
-        return settlement.due(self._session, self.source_id, limit, deadline_seconds, by_header=by_header)
+    def touched_calls(self, limit: int) -> list[str]:
+        """Calls about which records have come that were not looked at yet."""
+        return settlement.touched(self._session, limit)
+
+    def waiting_calls(
+        self, after: tuple[datetime, str] | None, limit: int, deadline_seconds: int
+    ) -> settlement.WaitingPage:
+        """The next calls that time may decide."""
+        return settlement.waiting(self._session, after, limit, deadline_seconds)
+
+    def due_calls(
+        self,
+        calls: Mapping[str, settlement.Waiting],
+        *,
+        by_header: bool,
+        is_over: Callable[[settlement.Waiting], bool],
+    ) -> list[str]:
+        """Those of this source's waiting calls that can be decided. by_header: also those that their header settles."""
+        return settlement.due(self._session, self.source_id, calls, by_header=by_header, is_over=is_over)
 
     def with_records(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls about which there is a spend record."""
-        with wrapped():
-            rows = self._session.execute(query("with_records"), {"call_ids": _array(call_ids)}).fetchall()
-        return [row[0] for row in rows]
+        return settlement.with_records(self._session, call_ids)
+
+    def open_exceptions(self, after: tuple[str, str] | None, limit: int) -> settlement.ExceptionPage:
+        """The next calls with an exception that other settings may decide."""
+        return settlement.open_exceptions(self._session, after, limit)
+
+    def doubtful_calls(self, page: settlement.ExceptionPage, *, by_header: bool) -> list[str]:
+        """Those of a page that the settings of now may decide."""
+        return settlement.doubtful(self._session, self.source_id, page, by_header=by_header)
 
     def deciding(self) -> contextlib.AbstractContextManager[None]:
         """The transaction in which calls are loaded, decided and written."""
         return settlement.deciding(self._session, self._schema)
-
-    def doubtful_calls(self) -> list[str]:
-        """Calls with an exception that other settings may decide."""
-        return settlement.doubtful(self._session)
 
     def load_calls(
         self,
@@ -527,11 +544,15 @@ class Ledger:
         settlement.write(self._session, decisions)
         self._last_proof = time.monotonic()
 
-    def poll_window(self, started_after: datetime | None, straggler_limit: int) -> settlement.Window | None:
+    def poll_window(self, started_after: datetime | None, late_after: datetime | None, limit: int) -> settlement.Window:
         """What to ask LiteLLM's spend logs for next."""
         return settlement.window(
-            self._session, self.source_id, started_after=started_after, straggler_limit=straggler_limit
+            self._session, self.source_id, started_after=started_after, late_after=late_after, limit=limit
         )
+
+    def asked(self, window: settlement.Window, *, answered: bool) -> None:
+        """Note when calls that were given up are to be asked for again."""
+        settlement.asked(self._session, window, answered=answered)
 
     def settle_counts(self) -> dict[str, Any]:
         """Pending calls, the oldest of them, open exceptions by kind."""
@@ -582,29 +603,28 @@ def _texts(session: Connection) -> psycopg.Cursor[Any]:
     return cursor
 
 
-def _array(texts: Collection[str]) -> str:
-    """The text of an array: thousands of elements, one by one, would take their time."""
-    escaped = [text.replace("\\", "\\\\").replace('"', '\\"') for text in texts]
-    return '{"' + '","'.join(escaped) + '"}' if escaped else "{}"
-
-
 def _values(placed: PlacedFact) -> list[Any]:
     return [*values_of(placed.fact.text), placed.file_id, placed.start_offset, placed.end_offset]
 
 
 def _sort_out(
-    before: Sequence[FileStep], others: Sequence[tuple[int, int, bool, str]]
+    plan: Plan, before: Sequence[FileStep], inserted: set[int], known: set[tuple[str, str | None, bytes | None]]
 ) -> tuple[tuple[FileStep, ...], list[int]]:
-    """Lines that made no fact -> steps with the counts put right, and the numbers of the conflicting lines."""
+    """Lines that made no fact -> steps with the counts put right, and the numbers of the conflicting lines. inserted:
+    the numbers of those that made one; known: the requests that are known, theirs too."""
     change: dict[int, dict[str, int]] = {}
     conflicts: list[int] = []
-    seen: set[str] = set()
-    for number, file_id, replayed, identity in others:
-        outcome = Outcome.REPLAYED if replayed or identity in seen else Outcome.CONFLICT
+    known = set(known)
+    for number, placed in enumerate(plan.facts):
+        if number in inserted:
+            continue
+        outcome = Outcome.REPLAYED if identity(placed.fact) in known else Outcome.CONFLICT
         if outcome is Outcome.CONFLICT:
             conflicts.append(number)
-            seen.add(identity)
-        counts = change.setdefault(file_id, {str(Outcome.FACT): 0, str(Outcome.REPLAYED): 0, str(Outcome.CONFLICT): 0})
+            known.add(identity(placed.fact))
+        counts = change.setdefault(
+            placed.file_id, {str(Outcome.FACT): 0, str(Outcome.REPLAYED): 0, str(Outcome.CONFLICT): 0}
+        )
         counts[Outcome.FACT] -= 1
         counts[outcome] += 1
     steps = tuple(

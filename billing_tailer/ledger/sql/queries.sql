@@ -107,21 +107,13 @@ from staged_facts order by call_id, line_number
 on conflict (call_id) do nothing
 returning call_id
 
--- name: classify_staged
--- The line that made the fact is the one at the fact's own range, unless that range was read before: then it is a
--- replay like any other second line of the same request. Compared on what identifies a request: nginx's id, or, where
--- the log has none, the line itself.
-select s.line_number, s.file_id,
-       (f.nginx_request_id is not distinct from s.nginx_request_id
-        and f.line_sha256 is not distinct from s.line_sha256)
-       or exists (select from call_conflicts c
-                  where c.call_id = s.call_id
-                    and c.nginx_request_id is not distinct from s.nginx_request_id
-                    and c.line_sha256 is not distinct from s.line_sha256) as replayed,
-       row(s.call_id, s.nginx_request_id, s.line_sha256)::text as identity
-from staged_facts s join usage_facts f using (call_id)
-where not s.line_number = any(%(inserted)s)
-order by s.line_number
+-- name: known_lines
+-- What identifies the requests of these calls: nginx's id, or, where the log has none, the line itself. The line that
+-- made the fact is the one at the fact's own range, unless that range was read before: then it is a replay like any
+-- other second line of the same request.
+select call_id, nginx_request_id, line_sha256 from usage_facts where call_id = any(%(call_ids)s)
+union all
+select call_id, nginx_request_id, line_sha256 from call_conflicts where call_id = any(%(call_ids)s)
 
 -- name: insert_conflicts
 insert into call_conflicts (call_id, file_id, start_offset, end_offset, nginx_request_id, line_sha256, run_id,
@@ -246,43 +238,72 @@ from pg_class t where t.relnamespace = to_regnamespace(%(schema)s)
   and t.relname in ('charge_receipts', 'llm_charge_details', 'charge_adjustments')
 
 -- name: probe
+-- What the daemon's role needs is what deploy/postgres/grants.sql gives it, no more and no less (tests/test_grants.py).
+with needed (privilege, relname, columns) as (
+    select 'SELECT', relname, null::text[] from pg_class
+    where relnamespace = to_regnamespace(%(schema)s) and relkind = 'r'
+    union all values
+        ('INSERT', 'usage_facts'::name, null::text[]),
+        ('INSERT', 'call_conflicts', null),
+        ('INSERT', 'spend_records', null),
+        ('INSERT', 'charge_receipts', null),
+        ('INSERT', 'llm_charge_details', null),
+        ('INSERT', 'charge_adjustments', null),
+        ('INSERT', 'call_exceptions', null),
+        ('UPDATE', 'call_exceptions', null),
+        ('INSERT', 'unsettled_facts', null),
+        ('UPDATE', 'unsettled_facts', null),
+        ('DELETE', 'unsettled_facts', null),
+        ('INSERT', 'touched_calls', null),
+        ('DELETE', 'touched_calls', null),
+        ('INSERT', 'skipped_calls', null),
+        ('DELETE', 'skipped_calls', null),
+        ('UPDATE', 'unaudited_progress', array['counted_to']),
+        ('INSERT', 'tail_files', null),
+        ('UPDATE', 'tail_files', array['path', 'device', 'inode', 'head', 'committed_offset', 'frontier_sha256',
+                                       'frontier_bytes', 'size_seen', 'state', 'blocked_reason', 'dead_letter_bytes',
+                                       'last_commit_at']),
+        ('INSERT', 'tail_batches', null),
+        ('UPDATE', 'tail_batches', array['end_offset', 'sha256', 'counts', 'committed_at']),
+        ('DELETE', 'tail_batches', null),
+        ('INSERT', 'log_gaps', null),
+        ('DELETE', 'log_gaps', null),
+        ('INSERT', 'dead_letters', null),
+        ('UPDATE', 'dead_letters', array['resolved_at', 'resolution', 'resolved_by', 'resolved_reason']),
+        ('DELETE', 'dead_letters', null),
+        ('INSERT', 'offset_resets', null),
+        ('INSERT', 'backfills', null)
+), missing as (
+    select format('%%s on %%s', privilege || coalesce(' (' || array_to_string(columns, ', ') || ')', ''), relname) as name
+    from needed join pg_class t using (relname)
+    where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
+      and case when columns is null then not has_table_privilege(t.oid, privilege)
+               else exists (select from unnest(columns) c where not has_column_privilege(t.oid, c, privilege)) end
+    union all
+    select 'TEMPORARY on database ' || current_database()
+    where not has_database_privilege(current_database(), 'TEMPORARY')
+)
 select current_setting('server_version') as server_version, current_user::text as role,
        extract(epoch from now())::float8 as server_time,
-       (select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}')
-        from pg_class t
-        cross join unnest(case t.relname
-                              when 'schema_migrations' then array['SELECT']
-                              when 'tail_files' then array['SELECT', 'INSERT', 'UPDATE']
-                              when 'tail_batches' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
-                              when 'log_gaps' then array['SELECT', 'INSERT', 'DELETE']
-                              when 'dead_letters' then array['SELECT', 'INSERT', 'UPDATE', 'DELETE']
-                              when 'call_exceptions' then array['SELECT', 'INSERT', 'UPDATE']
-                              when 'unsettled_facts' then array['SELECT', 'INSERT', 'DELETE']
-                              when 'touched_calls' then array['SELECT', 'INSERT', 'DELETE']
-                              when 'skipped_calls' then array['SELECT', 'INSERT', 'DELETE']
-                              when 'unaudited_progress' then array['SELECT', 'UPDATE']
-                              when 'prunes' then array['SELECT']
-                              else array['SELECT', 'INSERT'] end) privilege
-        where t.relnamespace = to_regnamespace(%(schema)s) and t.relkind = 'r'
-          and not has_table_privilege(t.oid, privilege)) as missing_grants
+       (select coalesce(array_agg(name order by name), '{}') from missing) as missing_grants
 
--- name: due_calls
--- Records have come, or waiting may be over: a sweep also finds what a crash between two transactions left behind.
-(select call_id from touched_calls order by call_id limit %(limit)s)
-union
--- What was overdue for want of a record is not so by header, where the line says what the call costs.
-(select u.call_id from unsettled_facts u
- join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
- cross join lateral (select coalesce(%(by_header)s and f.header_cost_usd > 0 and f.provenance = 'response'
-                                     and f.cache_key is null and f.status between 200 and 299, false) as by_line) h
- where not exists (select from call_exceptions e
-                   where e.call_id = u.call_id and e.closed_at is null
-                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict')
-                     and (e.kind <> 'overdue' or not h.by_line))
-   and (u.committed_at < now() - make_interval(secs => %(deadline)s)
-        or not %(by_header)s and exists (select from spend_records s where s.call_id = u.call_id)
-        or h.by_line)
- order by u.committed_at limit %(limit)s)
+-- name: touched
+select call_id from touched_calls order by call_id limit %(limit)s
+
+-- name: waiting_calls
+-- A page of the calls that time may decide, by their start; what an exception stops is not among them.
+select call_id, committed_at, started_at, committed_at < now() - make_interval(secs => %(deadline)s) as deadline_passed
+from unsettled_facts
+where ask_at is null and started_at >= %(after_start)s and (started_at, call_id) > (%(after_start)s, %(after_call)s)
+order by started_at, call_id limit %(limit)s
+
+-- name: own_calls
+-- Those of the calls that this source has read, and whether the line says what the call costs.
+select call_id, coalesce(header_cost_usd > 0 and provenance = 'response' and cache_key is null
+                         and status between 200 and 299, false) as by_line
+from usage_facts
+where call_id = any(%(call_ids)s)
+  and file_id in (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
 
 -- name: with_records
 select distinct call_id from spend_records where call_id = any(%(call_ids)s::text[])
@@ -348,12 +369,27 @@ select call_id, occurred_at - make_interval(secs => coalesce(request_seconds, 0)
 from usage_facts where call_id = any(%(call_ids)s)
 on conflict do nothing
 
--- name: doubtful_calls
--- Overdue with records: they came while COST_SOURCE was `header`, which does not look at them.
-select distinct call_id from call_exceptions e
-where closed_at is null
-  and (kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'cost_mismatch')
-       or kind = 'overdue' and exists (select from spend_records s where s.call_id = e.call_id))
+-- name: open_page
+-- A page of the open exceptions that other settings may decide, in the order of their index.
+select kind, call_id from call_exceptions
+where closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'cost_mismatch', 'overdue')
+  and kind >= %(after_kind)s and (kind, call_id) > (%(after_kind)s, %(after_call)s)
+order by kind, call_id limit %(limit)s
+
+-- name: stop_calls
+-- What an exception stops leaves the sweep's way.
+update unsettled_facts u set ask_at = now() + make_interval(secs => %(seconds)s)
+where u.call_id = any(%(call_ids)s) and u.ask_at is null
+  and exists (select from call_exceptions e
+              where e.call_id = u.call_id and e.closed_at is null
+                and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
+
+-- name: resume_calls
+update unsettled_facts u set ask_at = null
+where u.call_id = any(%(call_ids)s) and u.ask_at is not null
+  and not exists (select from call_exceptions e
+                  where e.call_id = u.call_id and e.closed_at is null
+                    and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
 
 -- name: forget_unsettled
 delete from unsettled_facts where call_id = any(%(call_ids)s)
@@ -369,12 +405,12 @@ update unaudited_progress set counted_to = %(to)s where counted_to = %(after)s
 
 -- name: unaudited
 -- Spend records without a line, and those of them whose line was skipped.
-select count(*) as records, count(*) filter (where is_skipped) as with_line,
-       coalesce((array_agg(distinct call_id) filter (where is_skipped))[:%(named_max)s], '{}') as call_ids
-from (select s.call_id, exists (select from skipped_calls k where k.call_id = s.call_id) as is_skipped
-      from spend_records s
-      where s.received_at > %(after)s and s.received_at <= %(to)s
-        and not exists (select from usage_facts f where f.call_id = s.call_id)) unaudited
+with skipped as (select call_id from skipped_calls)
+select count(*) as records, count(k.call_id) as with_line,
+       coalesce((array_agg(distinct k.call_id) filter (where k.call_id is not null))[:%(named_max)s], '{}') as call_ids
+from spend_records s left join skipped k on k.call_id = s.call_id
+where s.received_at > %(after)s and s.received_at <= %(to)s
+  and not exists (select from usage_facts f where f.call_id = s.call_id)
 
 -- name: announce
 select pg_notify(%(channel)s, run_id) from usage_facts where call_id = %(call_id)s and run_id is not null
@@ -406,8 +442,7 @@ where s.call_id = any(%(call_ids)s)
 select count(distinct call_id) as calls, count(*) as records, coalesce(sum(cost_usd), 0) as cost_usd {unaudited}
 
 -- name: delete_unaudited
-with gone as (delete {unaudited} returning s.call_id, s.cost_usd)
-select count(distinct call_id) as calls, count(*) as records, coalesce(sum(cost_usd), 0) as cost_usd from gone
+delete {unaudited} returning s.call_id, s.cost_usd
 
 -- name: hold_facts
 lock table usage_facts in share mode
@@ -419,26 +454,41 @@ where prune_id = %(prune_id)s
 -- name: end_prune
 update prunes set finished_at = now() where prune_id = %(prune_id)s
 
+-- name: go_by_keys
+-- For a transaction of the next three: of few calls among millions, however the planner estimates them.
+select set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)
+
 -- name: poll_window
-with waiting as (
-    select u.call_id, u.started_at from unsettled_facts u
-    join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
-    where (%(started_after)s::timestamptz is null or u.started_at > %(started_after)s)
-      and not exists (select from call_exceptions e where e.call_id = u.call_id and e.closed_at is null
-                        and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
-), first as (select min(started_at) as at from waiting)
-select now() as asked_at, min(w.started_at) as started_from, max(w.started_at) as started_to,
+-- An hour of starts, from the first call on that waits.
+with own as (
+    select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill')
+), first as (
+    select u.started_at as at from unsettled_facts u join usage_facts f using (call_id)
+    where u.ask_at is null and u.started_at > %(started_after)s and f.file_id in (select file_id from own)
+    order by u.started_at limit 1
+)
+select now() as asked_at, min(u.started_at) as started_from, max(u.started_at) as started_to,
        max(f.occurred_at) as ended_to
-from waiting w join usage_facts f using (call_id), first
-where w.started_at <= first.at + interval '1 hour'
+from unsettled_facts u join usage_facts f using (call_id)
+where u.ask_at is null and f.file_id in (select file_id from own)
+  and u.started_at >= (select at from first) and u.started_at <= (select at from first) + interval '1 hour'
 
 -- name: stragglers
--- Waiting for long, or given up: asked for by name, a few at a time, in turn.
-select u.call_id from unsettled_facts u
-join usage_facts f using (call_id) join tail_files t on t.file_id = f.file_id and t.source_id in (%(source_id)s, %(source_id)s || '.backfill')
-where u.committed_at < now() - interval '30 seconds'
-  and not exists (select from spend_records s where s.call_id = u.call_id)
-order by random() limit %(limit)s
+-- Given up, and their turn has come: asked for by name, a few at a time.
+select u.call_id, u.committed_at from unsettled_facts u join usage_facts f using (call_id)
+where u.ask_at <= now()
+  and f.file_id in (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
+order by u.ask_at limit %(limit)s
+
+-- name: late_calls
+-- Waiting for longer than LiteLLM takes to write its rows.
+select u.call_id, u.committed_at, u.started_at from unsettled_facts u join usage_facts f using (call_id)
+where u.ask_at is null and u.started_at > %(after_start)s and u.committed_at < now() - interval '30 seconds'
+  and f.file_id in (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
+order by u.started_at limit %(limit)s
+
+-- name: ask_later
+update unsettled_facts set ask_at = %(ask_at)s where call_id = %(call_id)s and ask_at is not null
 
 -- name: settle_counts
 select (select count(*) from unsettled_facts) as pending,
@@ -532,13 +582,17 @@ select pg_advisory_xact_lock(%(key)s)
 
 -- name: settlement_totals
 -- All receipts are this source's where there is no other one: a join of all of them is slow.
-with source as (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
-select (select count(*) from unsettled_facts join usage_facts using (call_id) join source using (file_id)) as pending_calls,
-       case when not exists (select from source) then 0
-            when not exists (select from tail_files where source_id not in (%(source_id)s, %(source_id)s || '.backfill'))
+select (select count(*) from unsettled_facts join usage_facts f using (call_id)
+        where f.file_id in (select file_id from tail_files
+                            where source_id in (%(source_id)s, %(source_id)s || '.backfill'))) as pending_calls,
+       case when not exists (select 1 from tail_files
+                             where source_id in (%(source_id)s, %(source_id)s || '.backfill')) then 0
+            when not exists (select 1 from tail_files
+                             where source_id not in (%(source_id)s, %(source_id)s || '.backfill'))
             then (select count(*) from charge_receipts)
             else (select count(*) from charge_receipts r join usage_facts f on f.call_id = r.source_reference
-                  join source using (file_id)) end as receipts
+                  where f.file_id in (select file_id from tail_files
+                                      where source_id in (%(source_id)s, %(source_id)s || '.backfill'))) end as receipts
 
 -- name: settlement_exceptions
 select e.kind, count(*) as n
@@ -675,8 +729,6 @@ select f.file_id, f.path, f.device, f.inode, f.generation, f.previous_file_id, f
        b.start_offset as last_start, b.end_offset as last_end, b.sha256 as last_sha256, b.counts as last_counts,
        (select min(new_offset) from offset_resets r
         where r.file_id = f.file_id and r.new_offset < r.old_offset) as rewound_to,
-       (select min(start_offset) from usage_facts u
-        where u.file_id = f.file_id and u.start_offset >= f.committed_offset) as fact_beyond,
        (select min(start_offset) from tail_batches t
         where t.file_id = f.file_id and t.end_offset > f.committed_offset) as batch_beyond,
        (select count(*) from dead_letters d where d.file_id = f.file_id and d.resolved_at is null) as letters_open
@@ -685,6 +737,11 @@ left join lateral (select start_offset, end_offset, sha256, counts from tail_bat
                    where t.file_id = f.file_id order by t.start_offset desc limit 1) b on true
 where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and f.file_id > %(after)s
 order by f.file_id limit %(limit)s
+
+-- name: proof_beyond
+-- The first fact behind each offset, if there is one: in a transaction with the last one's moment.
+select u.file_id, min(u.start_offset) as fact_beyond from usage_facts u join tail_files f using (file_id)
+where f.file_id = any(%(file_ids)s) and u.start_offset >= f.committed_offset group by u.file_id
 
 -- name: proof_tiles
 -- Committed ranges and gaps below an offset, in order.
@@ -725,36 +782,43 @@ select r.source_system, r.source_reference, r.source_reference as call_id,
 from charge_receipts r where (r.source_system, r.source_reference) > (%(system)s, %(after)s)
 order by r.source_system, r.source_reference limit %(limit)s
 
+-- name: proof_page_unreceipted
+select call_id from usage_facts where call_id > %(after)s order by call_id limit %(limit)s
+
 -- name: proof_unreceipted
 -- Facts that nothing waits for any more, without a receipt and without a reason why there is none: attempts that
 -- failed and cost nothing, or what a person closed of that which keeps a call from having a receipt.
-with page as (select call_id from usage_facts where call_id > %(after)s order by call_id limit %(limit)s)
-select count(*) as n, max(call_id) as last, coalesce(array_agg(call_id) filter (where
-    not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = page.call_id)
-    and not exists (select from unsettled_facts u where u.call_id = page.call_id)
-    and not exists (select from call_exceptions e where e.call_id = page.call_id
-                    and (e.kind = 'not_charged' and e.closed_at is null
-                         or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
-                                                                    'overdue', 'conflict', 'not_charged')))), '{}')
-           as odd
-from page
+select call_id from usage_facts f
+where call_id = any(%(call_ids)s)
+  and not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = f.call_id)
+  and not exists (select from unsettled_facts u where u.call_id = f.call_id)
+  and not exists (select from call_exceptions e where e.call_id = f.call_id
+                  and (e.kind = 'not_charged' and e.closed_at is null
+                       or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
+                                                                  'overdue', 'conflict', 'not_charged')))
+order by call_id
+
+-- name: proof_page_odd_details
+select source_reference from llm_charge_details
+where source_reference > %(after)s and source_system = 'litellm' order by source_system, source_reference limit %(limit)s
 
 -- name: proof_odd_details
-with page as (select source_system, source_reference from llm_charge_details
-              where source_reference > %(after)s and source_system = 'litellm'
-              order by source_system, source_reference limit %(limit)s)
-select count(*) as n, max(source_reference) as last, coalesce(array_agg(source_reference) filter (where
-    not exists (select from charge_receipts r where r.source_system = page.source_system
-                and r.source_reference = page.source_reference)), '{}') as odd
-from page
+select source_reference from llm_charge_details d
+where source_system = 'litellm' and source_reference = any(%(call_ids)s)
+  and not exists (select from charge_receipts r where r.source_system = d.source_system
+                  and r.source_reference = d.source_reference)
+order by source_reference
+
+-- name: proof_page_odd_adjustments
+select distinct source_reference from charge_adjustments
+where source_reference > %(after)s order by source_reference limit %(limit)s
 
 -- name: proof_odd_adjustments
-with page as (select distinct source_reference from charge_adjustments
-              where source_reference > %(after)s order by source_reference limit %(limit)s)
-select count(*) as n, max(source_reference) as last, coalesce(array_agg(source_reference) filter (where
-    not exists (select from charge_receipts r where r.source_system = 'litellm'
-                and r.source_reference = page.source_reference)), '{}') as odd
-from page
+select distinct source_reference from charge_adjustments a
+where source_reference = any(%(call_ids)s)
+  and not exists (select from charge_receipts r where r.source_system = 'litellm'
+                  and r.source_reference = a.source_reference)
+order by source_reference
 
 -- name: proof_keys
 -- Which of the tables of money have the unique key that keeps a call from being charged twice.
