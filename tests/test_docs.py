@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from billing_tailer.ledger import migrations, probe
+from billing_tailer.ledger import migrations, probing
 from billing_tailer.resets import newest_at, plan_reset
 from billing_tailer.settings import LIBPQ_NAMES, PREFIX, TEST_PREFIX, OffsetReset, describe
 from billing_tailer.settle import Rules
@@ -326,7 +326,8 @@ def test_the_grants_are_enough(dsn: str, daemon_dsn: str, tmp_path: Path) -> Non
 def _follow_and_reset(dsn: str, log: Path) -> None:
     log.write_bytes(lines(0, 10) + line(0) + b"not json\n" + line(1, nginx_request_id="f" * 32))
     with following(dsn, log.parent) as rig:
-        assert probe(dsn, "billing")["missing_grants"] == []
+        with probing(dsn, "billing") as probe:
+            assert (probe.missing_grants(), probe.excess_grants()) == ([], [])
         (position,) = rig.follower.positions.values()
         assert newest_at(rig.ledger.positions(), str(log)) is not None
         request = OffsetReset(str(log), "beginning")
