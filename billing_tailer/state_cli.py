@@ -106,7 +106,7 @@ def _unhealthy(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
     letters = totals["dead_letters_open"]
     if letters:
         yield {
-            "reason": f"{letters} dead letter{'s are' if letters > 1 else ' is'} open, also where they are old",
+            "reason": f"{letters} dead letter{'s are' if letters > 1 else ' is'} open",
             "next": "`billing-tailer dead-letters list`, then `billing-tailer dead-letters retry ID --reason ...` or "
             "`billing-tailer dead-letters discard ID --reason ...`",
         }
