@@ -101,7 +101,7 @@ def log(tmp_path: Path) -> Path:
 def verb(dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
     """Verbs on the test's database and volume."""
     verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="t" * 32)
+    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=dsn, CALLBACK_TOKEN="0123456789abcdef" * 2)
     return verb
 
 
