@@ -22,20 +22,19 @@ from starlette.routing import BaseRoute
 
 from billing_tailer import __version__, audit, fastlane
 from billing_tailer.capture import Capture
-from billing_tailer.embedded import EmbeddedPostgres, attach, default_data_dir
-from billing_tailer.errors import ConfigError, LedgerUnavailable, TailerError
+from billing_tailer.configured import given_dsn, rules, spool_directory
+from billing_tailer.embedded import EmbeddedPostgres, default_data_dir
+from billing_tailer.errors import LedgerUnavailable, TailerError
 from billing_tailer.events import Events, configure_logging
 from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger, LedgerState, Reads, listening, migrate
 from billing_tailer.litellm import SpendLogs
-from billing_tailer.model import Corrections
 from billing_tailer.poller import Poller
 from billing_tailer.reader import Limits, Reader
 from billing_tailer.resets import OrderedReset
 from billing_tailer.settings import HEADER_LIMITS, Settings, effective
-from billing_tailer.settle import Rules
 from billing_tailer.settler import Settler, Timing
 from billing_tailer.spend import parse_row, parse_spool_line, slim
 from billing_tailer.spool import Committer, Spool
@@ -176,14 +175,14 @@ def _spool(settings: Settings, events: Events) -> Spool | None:
     """The spool of callbacks; None where nobody may send any."""
     if settings.cost_source == "header":
         events.warning("cost_source.header", message=HEADER_LIMITS)
-    if settings.callback_token is None and settings.spool_dir is None:
+    directory = spool_directory(settings)
+    if directory is None:
         if settings.litellm_url is None and settings.cost_source == "litellm":
             events.warning(
                 "cost_source.missing",
                 message="calls are recorded but not charged: set CALLBACK_TOKEN, or LITELLM_URL and LITELLM_API_KEY",
             )
         return None
-    directory = settings.spool_dir or (settings.data_dir or default_data_dir(os.environ)) / "spool"
     return Spool(directory, settings.spool_bytes_max, events.spool)
 
 
@@ -298,17 +297,6 @@ def _reader(settings: Settings, files: LogFiles, is_spool: Callable[[str], bool]
     return Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits)
 
 
-def rules(settings: Settings) -> Rules:
-    """What decides about money, as configured."""
-    return Rules(
-        markup=settings.markup_factor,
-        free_models=settings.free_models,
-        corrections=Corrections(settings.corrections),
-        trust_litellm_end_user=settings.trust_litellm_end_user,
-        header_cost_max_usd=settings.cost_max_usd if settings.cost_source == "header" else None,
-    )
-
-
 @contextmanager
 def _polling(settings: Settings, ending: Ending, wake: Wake) -> Iterator[Poller | None]:
     """The side task that asks LiteLLM's spend logs, where its address is known."""
@@ -353,7 +341,7 @@ def _migrate(settings: Settings, dsn: str, follower: Follower, events: Events, h
 def _database(settings: Settings, ending: Ending, events: Events) -> Iterator[str]:
     """The DSN to write to; starts the embedded Postgres where none is given."""
     if not settings.uses_embedded_postgres:
-        yield _given_dsn(settings)
+        yield given_dsn(settings)
         return
     data_dir = settings.data_dir or default_data_dir(os.environ)
     with (
@@ -361,29 +349,4 @@ def _database(settings: Settings, ending: Ending, events: Events) -> Iterator[st
         ending.watching("the embedded Postgres", postgres.alive),
     ):
         events.info("postgres.embedded", data_dir=str(data_dir), dsn=postgres.dsn)
-        yield postgres.dsn
-
-
-def _given_dsn(settings: Settings) -> str:
-    if settings.database_url is None:
-        raise ConfigError(
-            "BILLING_TAILER_MIGRATE_DATABASE_URL is set, but BILLING_TAILER_DATABASE_URL is not",
-            "set both: the first with the owner's role, the second with the daemon's",
-        )
-    return settings.database_url.get_secret_value()
-
-
-@contextmanager
-def database_for_verbs(settings: Settings) -> Iterator[str]:
-    """The DSN for a verb: the one given, else that of a running daemon's embedded Postgres, else a started one."""
-    if not settings.uses_embedded_postgres:
-        yield _given_dsn(settings)
-        return
-    data_dir = settings.data_dir or default_data_dir(os.environ)
-    running = attach(data_dir)
-    if running is not None:
-        yield running
-        return
-    with EmbeddedPostgres(data_dir, settings.postgres_bin) as postgres:
-        migrate(postgres.dsn, settings.db_schema)
         yield postgres.dsn

@@ -1,6 +1,5 @@
 """The verb that reads old logs."""
 
-import json
 import os
 import threading
 from collections import Counter
@@ -10,8 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from billing_tailer import app as daemon
-from billing_tailer import audit, fastlane
+from billing_tailer import audit, configured, fastlane
 from billing_tailer.backfill import Backfill, Filled, find, open_ledger, refuse_followed, source_of
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.events import Events, configure_logging
@@ -19,25 +17,27 @@ from billing_tailer.files import LogFiles, LogStream, escape_path
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger
 from billing_tailer.model import Outcome, Rejected, Skip
-from billing_tailer.money_cli import By, person_named, said
+from billing_tailer.options import AsJson, By, DryRun, Reason, person_named, said
 from billing_tailer.plan import Parse
-from billing_tailer.printing import AsJson, DryRun, Reason, print_rows, text
-from billing_tailer.proof_cli import progress_bar
+from billing_tailer.printing import print_line, print_rows, progress_bar, text
 from billing_tailer.reader import Limits
 from billing_tailer.settings import Settings, load
 from billing_tailer.settler import Settler, Timing
 from billing_tailer.spool import is_spool_file
 
+verbs = typer.Typer()
+
 Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Audit logs, plain or gzip.")]
 
 
+@verbs.command()
 def backfill(files: Files, reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Read old audit logs that no daemon follows, as if they had been tailed; again is nothing, interrupted goes on."""
     settings = load()
     who, why = person_named(by), said("--reason", reason)
     paths = [_path(file) for file in dict.fromkeys(files)]
     configure_logging("error", settings.log_format)
-    with daemon.database_for_verbs(settings) as dsn:
+    with configured.database_for_verbs(settings) as dsn:
         ledger = Ledger(dsn, schema=settings.db_schema, source_id=source_of(settings.source_id), stop=threading.Event())
         try:
             open_ledger(ledger)
@@ -60,13 +60,10 @@ def backfill(files: Files, reason: Reason, by: By = None, dry_run: DryRun = Fals
             ) from error
         finally:
             ledger.close()
-    if as_json:
-        print(json.dumps(rows))
-    else:
-        columns = ["file_id", "path", "from_offset", "to_offset", "outcomes", "lines_per_second"]
-        print_rows(rows, columns, False)
-        if dry_run:
-            print("nothing was written; calls that are known will be replayed")
+    columns = ["file_id", "path", "from_offset", "to_offset", "outcomes", "lines_per_second"]
+    print_rows(rows, columns, as_json)
+    if dry_run and not as_json:
+        print_line("nothing was written; calls that are known will be replayed")
 
 
 def _path(file: str) -> str:
@@ -88,7 +85,7 @@ def _size(path: str) -> int:
 
 def _backfill(settings: Settings, ledger: Ledger, parse: Parse) -> Backfill:
     timing = Timing(settings.settle_deadline_seconds, settings.failure_quiet_seconds)
-    rules = daemon.rules(settings)
+    rules = configured.rules(settings)
     # nobody here can tell whether a record may still come: what time decides is the daemon's
     settler = Settler(ledger, rules, timing, Events(), Health(), poller=None, spool_is_behind=lambda: True)
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max // 2, settings.line_bytes_max)

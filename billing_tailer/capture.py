@@ -18,10 +18,8 @@ from typing import Any, TypeVar
 from billing_tailer.errors import TailerError
 from billing_tailer.events import Events
 from billing_tailer.ledger import Ledger, Reads, Unaudited
-from billing_tailer.reconcile import rate
+from billing_tailer.reconcile import SWEEP_SECONDS_MAX, rate
 
-SWEEP_SECONDS_MAX = 60
-"""After its deadline a call is decided by the next sweep: a window that is over for longer is closed."""
 VISIBLE_SECONDS_MAX = 15
 """A record is received when its transaction begins, and can be seen when it is committed."""
 SPAN_MIN = timedelta(seconds=1)

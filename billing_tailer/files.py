@@ -123,6 +123,10 @@ class LogFiles:
         """The directories the globs look into at this moment, for the wake-up."""
         return sorted({os.fsdecode(d) for pattern in self._globs for d in _directories(pattern)})
 
+    def roots(self) -> list[str]:
+        """The directories that must be there: of each glob the part before its first magic character."""
+        return sorted({os.fsdecode(_fixed_directory(pattern)) for pattern in self._globs})
+
     def concerns(self, path: str) -> bool:
         """Whether a glob matches this file's name."""
         name = os.path.basename(os.fsencode(path))

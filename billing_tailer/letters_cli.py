@@ -9,28 +9,56 @@ from typing import Annotated, Any
 
 import typer
 
-from billing_tailer import app as daemon
-from billing_tailer import audit, fastlane
+from billing_tailer import audit, configured, fastlane
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.ledger import Operator, Reports, operator, proofs, reports
 from billing_tailer.letters import Unread, read_again
 from billing_tailer.model import SeenFile
-from billing_tailer.money_cli import By, person_named, said
+from billing_tailer.options import AsJson, By, DryRun, Limit, Reason, person_named, said
 from billing_tailer.plan import Parse
-from billing_tailer.printing import AsJson, DryRun, Reason, print_rows
+from billing_tailer.printing import plain, print_pairs, print_rows
 from billing_tailer.proof_cli import find_survivors
 from billing_tailer.settings import Settings, load
 from billing_tailer.spend import parse_spool_line
 from billing_tailer.spool import is_spool_file
 
+verbs = typer.Typer()
+dead_letters = typer.Typer(no_args_is_help=True, help="Byte ranges that could not become facts.")
+verbs.add_typer(dead_letters, name="dead-letters")
+
 Ids = Annotated[list[int], typer.Argument(metavar="ID...", help="As `dead-letters list` shows them.")]
 
 
+@dead_letters.command("list")
+def dead_letters_list(
+    as_json: AsJson = False,
+    include_resolved: Annotated[bool, typer.Option("--all", help="Also those that are resolved.")] = False,
+    limit: Limit = 100,
+) -> None:
+    """The newest first."""
+    with configured.reports_for_verbs(load()) as ledger:
+        rows = ledger.dead_letters(include_resolved=include_resolved, limit=limit)
+    columns = ["dead_letter_id", "path", "start_offset", "end_offset", "reason", "detail", "created_at", "resolution"]
+    print_rows([plain(row) for row in rows], columns, as_json)
+
+
+@dead_letters.command("show")
+def dead_letters_show(dead_letter_id: int, as_json: AsJson = False) -> None:
+    """One dead letter with its bytes."""
+    with configured.reports_for_verbs(load()) as ledger:
+        row = _letter(ledger, dead_letter_id)
+    row["raw"] = bytes(row["raw"]).decode("utf-8", "backslashreplace")
+    row["sha256"] = bytes(row["sha256"]).hex()
+    print_pairs(plain(row), as_json)
+
+
+@dead_letters.command()
 def retry(ids: Ids, reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Read dead letters with the program of today; what is understood becomes what it is. Exit code 1 if not all."""
     _decide(ids, reason, by, dry_run, as_json, again=True)
 
 
+@dead_letters.command()
 def discard(ids: Ids, reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Decide that nothing will become of dead letters. They stay, with who decided and why."""
     _decide(ids, reason, by, dry_run, as_json, again=False)
@@ -39,7 +67,7 @@ def discard(ids: Ids, reason: Reason, by: By = None, dry_run: DryRun = False, as
 def _decide(ids: Sequence[int], reason: str, by: str | None, dry_run: bool, as_json: bool, *, again: bool) -> None:
     settings = load()
     who, why = person_named(by), said("--reason", reason)
-    with daemon.database_for_verbs(settings) as dsn:
+    with configured.database_for_verbs(settings) as dsn:
         find = _finder(settings, dsn)
         with (
             reports(dsn, settings.db_schema, settings.source_id) as reads,

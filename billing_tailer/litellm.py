@@ -237,6 +237,19 @@ class SpendLogs:
             return str(error)
         return None
 
+    def stored_between(self, start: datetime, end: datetime) -> int:
+        """How many rows of calls that started in a time there are. Asks once. Raises TailerError."""
+        return self._page(_floor(start), _floor(end), size=1, attempts=1).total
+
+    def version(self) -> str | None:
+        """LiteLLM's version, where it tells it."""
+        try:
+            answer = self._json(self._get("/health/readiness", {}, attempts=1))
+        except TailerError:
+            return None
+        version = answer.get("litellm_version") if isinstance(answer, dict) else None
+        return self._clean(version) if isinstance(version, str) and version else None
+
     # --- paging --------------------------------------------------------------------------------------------------
 
     def _window(self, cursor: datetime, last: datetime) -> Iterator[list[Row]]:

@@ -5,39 +5,33 @@ What a person decides is written as rows that name the person and the reason; re
 decided so, 2 for wrong usage.
 """
 
-import json
-import os
-import pwd
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any
 
 import typer
 
-from billing_tailer import app as daemon
+from billing_tailer import configured, pricing, reconcile, settle
 from billing_tailer import explain as explaining
-from billing_tailer import pricing, reconcile, settle
 from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.explain import RawLine
 from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Operator, Told, operator, prune, reports
 from billing_tailer.litellm import SpendLogs
-from billing_tailer.model import SETTLER, Adjustment, ExceptionKind, Release
-from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows, text
+from billing_tailer.model import Adjustment, ExceptionKind, Release
+from billing_tailer.options import AsJson, By, DryRun, Limit, Reason, person_named, said, time_given
+from billing_tailer.printing import plain, print_json, print_line, print_pairs, print_rows, print_title, text
 from billing_tailer.settings import Settings, load
 from billing_tailer.settle import CallState, Decision, Standing
 
-money = typer.Typer(no_args_is_help=True)
+verbs = typer.Typer()
 exceptions = typer.Typer(no_args_is_help=True, help="Calls that need a look, and deciding them.")
-money.add_typer(exceptions, name="exceptions")
+verbs.add_typer(exceptions, name="exceptions")
 
 CallId = Annotated[str, typer.Argument(metavar="CALL_ID")]
-By = Annotated[str | None, typer.Option(help="Who decides; by default the user of this process.")]
-Limit = Annotated[int, typer.Option(min=1, max=100_000, help="At most so many.")]
 
 _LOOK = (
     "the id is the line's litellm_call_id, else its call_id, else its nginx_request_id; `billing-tailer status` shows "
@@ -48,18 +42,18 @@ _LOOK = (
 # --- explain
 
 
-@money.command()
+@verbs.command()
 def explain(call_id: CallId, as_json: AsJson = False) -> None:
     """One call from the line to the money: line, fact, spend records, pricing, receipt, exceptions."""
     settings = load()
-    with daemon.database_for_verbs(settings) as dsn:
+    with configured.database_for_verbs(settings) as dsn:
         with _operator(settings, dsn) as ledger:
             told = ledger.told(call_id)
         if told is None:
             raise TailerError(f"nothing is known of call {text(call_id)}", _LOOK)
-        answer = explaining.explained(call_id, told, _raw_line(settings, dsn, told), daemon.rules(settings))
+        answer = explaining.explained(call_id, told, _raw_line(settings, dsn, told), configured.rules(settings))
     if as_json:
-        print(json.dumps(answer))
+        print_json(answer)
     else:
         _print_explained(answer)
 
@@ -80,14 +74,15 @@ def _print_explained(answer: dict[str, Any]) -> None:
     print_pairs({"call": answer["call_id"], "standing": answer["standing"], "total credits": answer["total_credits"]})
     line = answer["line"]
     if line is None:
-        print("\nLINE\nno audit line: such a call is never charged")
+        print_title("LINE")
+        print_line("no audit line: such a call is never charged")
     else:
-        print("\nLINE")
+        print_title("LINE")
         place = f"{line['path']} (file_id {line['file_id']}), bytes {line['start_offset']} to {line['end_offset']}"
         print_pairs({"at": place, "text": line["raw"] if line["raw"] is not None else f"({line['raw_unavailable']})"})
     for title in ("fact", "receipt", "details"):
         if answer[title] is not None:
-            print(f"\n{title.upper()}")
+            print_title(f"{title.upper()}")
             print_pairs({name: value for name, value in answer[title].items() if value is not None})
     _print_records(answer)
     _print_section(
@@ -118,30 +113,30 @@ def _print_records(answer: dict[str, Any]) -> None:
     steps = answer["pricing"]
     if steps is None:
         return
-    print("\nPRICING")
+    print_title("PRICING")
     for one in steps["sums"]:
         billed = f"  <- billed: {steps['why']}" if one["source"] == steps["billed_source"] else ""
         costs = " + ".join(text(cost) for cost in one["costs_usd"])
-        print(f"{one['source']}: {costs} = {one['sum_usd']} USD{billed}")
+        print_line(f"{one['source']}: {costs} = {one['sum_usd']} USD{billed}")
     if steps["unpriceable"] is not None:
-        print(f"no price: {text(steps['unpriceable'])}")
+        print_line(f"no price: {text(steps['unpriceable'])}")
         return
-    print(f"x markup {steps['markup_factor']} = {steps['user_cost_usd']} USD")
-    print(f"ceil(x 10^7) = {steps['charged_credits']} credits")
+    print_line(f"x markup {steps['markup_factor']} = {steps['user_cost_usd']} USD")
+    print_line(f"ceil(x 10^7) = {steps['charged_credits']} credits")
     if steps["by_hand"]:
-        print("a person has named the amount: receipt and adjustments say what is charged")
+        print_line("a person has named the amount: receipt and adjustments say what is charged")
 
 
 def _print_section(title: str, rows: list[dict[str, Any]], columns: list[str]) -> None:
     if rows:
-        print(f"\n{title}")
+        print_title(f"{title}")
         print_rows(rows, columns, False)
 
 
 # --- receipts and exceptions
 
 
-@money.command()
+@verbs.command()
 def receipts(
     run: Annotated[str | None, typer.Option(help="Of this run.")] = None,
     account: Annotated[str | None, typer.Option(help="Of this account.")] = None,
@@ -151,7 +146,7 @@ def receipts(
 ) -> None:
     """Receipts with what was adjusted, the newest first."""
     settings = load()
-    moment = _time("--since", since)
+    moment = time_given("--since", since)
     with _connected(settings) as ledger:
         rows = ledger.receipts(run_id=run, account=account, since=moment, limit=limit)
     columns = ["created_at", "call_id", "billing_account_id", "run_id", "model", "tokens_in", "tokens_out"]
@@ -187,7 +182,7 @@ def exceptions_release(
 ) -> None:
     """Charge a call that is held, unattributed, overdue or not charged, as you say."""
     settings = load()
-    rules = daemon.rules(settings)
+    rules = configured.rules(settings)
     cost = None if cost_usd is None else _cost("--cost-usd", cost_usd, rules.markup)
     release = Release(
         said("--reason", reason), person_named(by), cost, None if account is None else said("--account", account)
@@ -281,7 +276,7 @@ _HOLDING = (
 # --- adjust
 
 
-@money.command()
+@verbs.command()
 def adjust(
     call_id: CallId,
     reason: Reason,
@@ -310,7 +305,7 @@ def adjust(
         if any(one.evidence_hash == adjustment.evidence_hash for one in call.adjustments):
             decision = Decision(Standing.SETTLED)
         else:
-            decision = _with_closed(call, adjustment, daemon.rules(settings))
+            decision = _with_closed(call, adjustment, configured.rules(settings))
         if not dry_run:
             ledger.write(call_id, decision)
     _print_change(call_id, decision, dry_run, as_json)
@@ -352,7 +347,7 @@ def _with_closed(call: CallState, adjustment: Adjustment, rules: settle.Rules) -
 # --- reconcile
 
 
-@money.command("reconcile")
+@verbs.command("reconcile")
 def reconcile_(
     from_: Annotated[str | None, typer.Option("--from", metavar="ISO", help="Begin (UTC); default: a day.")] = None,
     to: Annotated[
@@ -363,12 +358,12 @@ def reconcile_(
 ) -> None:
     """Per closed day: billable, settled and missing calls, capture rate, differences from LiteLLM's own rows."""
     settings = load()
-    start, end = _time("--from", from_), _time("--to", to)
+    start, end = time_given("--from", from_), time_given("--to", to)
     with _connected(settings) as ledger, _spend_logs(settings) as logs:
         days = reconcile.spans(start, end, ledger.now(), settings.settle_deadline_seconds)
         windows = [_reconciled(ledger, logs, span, settings.cost_max_usd, limit) for span in days]
     if as_json:
-        print(json.dumps({"windows": windows, "total": reconcile.sums(windows)}))
+        print_json({"windows": windows, "total": reconcile.sums(windows)})
     else:
         _print_windows(windows)
     failed = any(window["litellm"] is not None and window["litellm"]["failure"] for window in windows)
@@ -396,17 +391,17 @@ def _print_windows(windows: list[dict[str, Any]]) -> None:
         found = window["litellm"]
         if found is None:
             continue
-        print(f"\nLiteLLM's own rows, {window['from']} to {window['to']}")
+        print_title(f"LiteLLM's own rows, {window['from']} to {window['to']}")
         if found["failure"]:
-            print(text(found["failure"].replace("\n", " ")))
+            print_line(text(found["failure"].replace("\n", " ")))
             continue
         print_pairs({name: found[name] for name in ("rows", "rows_not_understood", "audited_usd")})
         for name in ("missing_here", "unaudited", "missing_there", "amount_differs"):
-            print(f"{name}: {found[name]['count']} calls, {found[name]['cost_usd']} USD")
+            print_line(f"{name}: {found[name]['count']} calls, {found[name]['cost_usd']} USD")
             for call in found[name]["calls"]:
-                print(f"  {text(call)}")
+                print_line(f"  {text(call)}")
     if all(window["litellm"] is None for window in windows):
-        print("LiteLLM's own rows were not asked for: LITELLM_URL is not set")
+        print_line("LiteLLM's own rows were not asked for: LITELLM_URL is not set")
 
 
 @contextmanager
@@ -421,28 +416,25 @@ def _spend_logs(settings: Settings) -> Iterator[SpendLogs | None]:
 # --- prune
 
 
-@money.command("prune")
+@verbs.command("prune")
 def prune_(reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Remove spend records of calls without an audit line, 30 days after they came. Needs the owner's DSN."""
     settings = load()
     person, why = person_named(by), said("--reason", reason)
-    with _owner_dsn(settings) as dsn:
-        pruned = prune(dsn, settings.db_schema, reason=why, person=person, dry_run=dry_run)
+    with _owner_dsn(settings) as (name, dsn):
+        pruned = prune(dsn, settings.db_schema, dsn_name=name, reason=why, person=person, dry_run=dry_run)
     answer = plain({"applied": not dry_run, **asdict(pruned)})
-    if as_json:
-        print(json.dumps(answer))
-    else:
-        print_pairs(answer)
+    print_pairs(answer, as_json)
 
 
 @contextmanager
-def _owner_dsn(settings: Settings) -> Iterator[str]:
-    """MIGRATE_DATABASE_URL, else what the daemon uses."""
+def _owner_dsn(settings: Settings) -> Iterator[tuple[str, str]]:
+    """MIGRATE_DATABASE_URL, else what the daemon uses: its name and the DSN."""
     if settings.migrate_database_url is not None:
-        yield settings.migrate_database_url.get_secret_value()
+        yield "BILLING_TAILER_MIGRATE_DATABASE_URL", settings.migrate_database_url.get_secret_value()
         return
-    with daemon.database_for_verbs(settings) as dsn:
-        yield dsn
+    with configured.database_for_verbs(settings) as dsn:
+        yield "BILLING_TAILER_DATABASE_URL", dsn
 
 
 # --- small things
@@ -450,7 +442,7 @@ def _owner_dsn(settings: Settings) -> Iterator[str]:
 
 @contextmanager
 def _connected(settings: Settings) -> Iterator[Operator]:
-    with daemon.database_for_verbs(settings) as dsn, _operator(settings, dsn) as ledger:
+    with configured.database_for_verbs(settings) as dsn, _operator(settings, dsn) as ledger:
         yield ledger
 
 
@@ -484,30 +476,20 @@ def _print_change(call_id: str, decision: Decision, dry_run: bool, as_json: bool
         }
     )
     if as_json:
-        print(json.dumps(answer))
+        print_json(answer)
         return
     if decision.is_empty:
-        print(f"call {text(call_id)}: nothing to do, this was done before")
+        print_line(f"call {text(call_id)}: nothing to do, this was done before")
         return
-    print(f"call {text(call_id)}: {'would be written' if dry_run else 'written'}")
+    print_line(f"call {text(call_id)}: {'would be written' if dry_run else 'written'}")
     for title in ("receipt", "adjustment"):
         if answer[title] is not None:
-            print(f"\n{title.upper()}")
+            print_title(f"{title.upper()}")
             print_pairs(answer[title])
     for title in ("opened", "closed"):
         for row in answer[title]:
             by = f" by {text(row['closed_by'])}: {text(row['reason'])}" if title == "closed" else ""
-            print(f"{title} {row['kind']} {row['seq']}{by}")
-
-
-def _time(option: str, given: str | None) -> datetime | None:
-    if given is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(given)
-    except ValueError:
-        raise ConfigError(f"{option} {given!r} is no time", "write it as 2026-11-22 or 2026-11-22T13:00:00Z") from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+            print_line(f"{title} {row['kind']} {row['seq']}{by}")
 
 
 def _amount(option: str, given: str) -> Decimal:
@@ -524,24 +506,3 @@ def _cost(option: str, given: str, markup: Decimal) -> Decimal:
     if isinstance(pricing.price([number], markup), pricing.Unpriceable):
         raise ConfigError(f"{option} {given} is no cost", "name what the call cost in USD, 0 or more")
     return abs(number)
-
-
-def said(option: str, given: str) -> str:
-    """Words that are kept: not empty, and such as Postgres takes."""
-    words = given.strip()
-    if not words or "\0" in words or not words.isprintable():
-        raise ConfigError(f"{option} is empty or not printable", "write it in plain words: it is kept with the change")
-    return words
-
-
-def person_named(by: str | None) -> str:
-    """Who decides: as said, else the user of this process. Raises ConfigError."""
-    if by is None:
-        try:
-            by = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            by = f"uid {os.getuid()}"
-    name = said("--by", by)
-    if name == SETTLER:
-        raise ConfigError(f"--by {SETTLER} is the program itself", "name a person")
-    return name

@@ -1,7 +1,7 @@
 """Verbs about generations: where each stands, and the decision about one that nothing is read from."""
 
-import json
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,27 +9,50 @@ from typing import Annotated, Any
 
 import typer
 
-from billing_tailer import app as daemon
-from billing_tailer.errors import ConfigError
+from billing_tailer import configured
+from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved
 from billing_tailer.files import LogFiles, escape_path
 from billing_tailer.identity import deciding_commands
-from billing_tailer.ledger import Ruling, reports
-from billing_tailer.model import FileState, Gap, Position
-from billing_tailer.money_cli import By, person_named, said
-from billing_tailer.printing import AsJson, DryRun, Reason, plain, print_pairs, print_rows
+from billing_tailer.ledger import Reports, Reset, Ruling, reason_of
+from billing_tailer.listing import file_rows
+from billing_tailer.model import Gap, Position
+from billing_tailer.options import AsJson, By, DryRun, Reason, person_named, said
+from billing_tailer.printing import plain, print_pairs, print_rows
+from billing_tailer.proof_cli import print_safe_to_delete
+from billing_tailer.resets import newest_at, parse_request, plan_reset
 from billing_tailer.rulings import plan_acceptance, plan_adoption
-from billing_tailer.settings import Settings, load
+from billing_tailer.settings import OffsetReset, Settings, load
 
+RESET_SECONDS_MAX = 10.0
+"""How long `offsets reset` competes with a busy daemon."""
 GAPS_SHOWN_MAX = 5
 """Of one generation, to people: the newest."""
+
+verbs = typer.Typer()
+offsets = typer.Typer(no_args_is_help=True, help="Where each file stands, and moving it.")
+verbs.add_typer(offsets, name="offsets")
 
 FileId = Annotated[int, typer.Argument(metavar="FILE_ID", help="As `files` shows it.")]
 
 
+@verbs.command()
+def files(
+    safe_to_delete: Annotated[
+        bool, typer.Option("--safe-to-delete", help="Only paths of rotated files that are committed and verified.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every generation of every file, oldest first."""
+    if safe_to_delete:
+        print_safe_to_delete(load(), as_json)
+    offsets_list(as_json)
+
+
+@offsets.command("list")
 def offsets_list(as_json: AsJson = False) -> None:
     """Committed offsets, sizes, lag and gaps, and the commands that decide what is missing or blocked."""
     settings = load()
-    with daemon.database_for_verbs(settings) as dsn, reports(dsn, settings.db_schema, settings.source_id) as ledger:
+    with configured.reports_for_verbs(settings) as ledger:
         positions, gaps = ledger.positions(), ledger.gaps()
     rows = [
         {**row, "decide": list(deciding_commands(position)), "gaps": plain(gaps.get(position.file_id, []))}
@@ -39,6 +62,54 @@ def offsets_list(as_json: AsJson = False) -> None:
     print_rows(rows, columns, as_json, _notes)
 
 
+@offsets.command("reset")
+def offsets_reset(
+    request: Annotated[str, typer.Argument(metavar="PATH=beginning|end|BYTE")],
+    reason: Reason,
+    by: By = None,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read a file again from somewhere, or skip a part of it (declared as a gap). A running daemon adopts it."""
+    settings = load()
+    wanted = parse_request(request)
+    words = {"reason": said("--reason", reason), "by": person_named(by)}
+    with configured.reports_for_verbs(settings) as ledger:
+        reset = _reset(settings, ledger, wanted, dry_run=dry_run, **words)
+    answer = {
+        "reset_id": None if dry_run else reset.reset_id,
+        "applied": not dry_run,
+        "path": reset.position.path,
+        "file_id": reset.position.file_id,
+        "old_offset": reset.position.committed_offset,
+        "new_offset": reset.place.offset,
+    }
+    print_pairs(answer, as_json)
+
+
+def _reset(settings: Settings, ledger: Reports, wanted: OffsetReset, reason: str, by: str, *, dry_run: bool) -> Reset:
+    """Plan and apply a reset, again and again while a busy daemon moves the offset in between."""
+    log_files = LogFiles(settings.audit_globs, settings.open_files_max)
+    words = {"reset_id": f"cli-{uuid.uuid4()}", "source": "cli", "reason": reason, "by": by}
+    deadline = time.monotonic() + RESET_SECONDS_MAX
+    while True:
+        position = newest_at(ledger.positions(), wanted.path)
+        if position is None:
+            raise ConfigError(f"nothing is known of {wanted.path}", "see `billing-tailer files` for the known paths")
+        reset = plan_reset(wanted, position, log_files, ledger.range_start, **words)
+        if dry_run:
+            return reset
+        try:
+            ledger.reset(reset)
+        except (PositionMoved, LedgerUnavailable) as error:
+            moved = isinstance(error, PositionMoved) or reason_of(error) == "deadlock_detected"
+            if not moved or time.monotonic() > deadline:
+                raise
+        else:
+            return reset
+
+
+@offsets.command("accept-gap")
 def accept_gap(
     file_id: FileId, reason: Reason, by: By = None, dry_run: DryRun = False, as_json: AsJson = False
 ) -> None:
@@ -50,6 +121,7 @@ def accept_gap(
     _rule(file_id, plan, reason, by, dry_run, as_json)
 
 
+@offsets.command()
 def adopt(
     file_id: FileId,
     path: Annotated[str, typer.Argument(metavar="PATH", help="The file that has its content, plain or .gz.")],
@@ -70,7 +142,7 @@ def adopt(
 def _rule(file_id: int, plan: Callable[..., Ruling], reason: str, by: str | None, dry_run: bool, as_json: bool) -> None:
     settings = load()
     words = {"reset_id": f"cli-{uuid.uuid4()}", "reason": said("--reason", reason), "by": person_named(by)}
-    with daemon.database_for_verbs(settings) as dsn, reports(dsn, settings.db_schema, settings.source_id) as ledger:
+    with configured.reports_for_verbs(settings) as ledger:
         known = ledger.positions()
         position = next((one for one in known if one.file_id == file_id), None)
         if position is None:
@@ -82,11 +154,8 @@ def _rule(file_id: int, plan: Callable[..., Ruling], reason: str, by: str | None
         if not dry_run:
             ledger.rule(ruling)
     answer = _answer(ruling, applied=not dry_run)
-    if as_json:
-        print(json.dumps(answer))
-    else:
-        gap = {} if ruling.gap is None else {"gap": _gap_in_words(answer["gap"])}
-        print_pairs({**answer, **gap})
+    in_words = {} if as_json or ruling.gap is None else {"gap": _gap_in_words(answer["gap"])}
+    print_pairs({**answer, **in_words}, as_json)
 
 
 def _answer(ruling: Ruling, *, applied: bool) -> dict[str, Any]:
@@ -108,32 +177,6 @@ def _answer(ruling: Ruling, *, applied: bool) -> dict[str, Any]:
 
 def _gap_row(gap: Gap) -> dict[str, Any]:
     return {"start_offset": gap.start_offset, "end_offset": gap.end_offset, "reason": str(gap.reason)}
-
-
-def file_rows(settings: Settings, positions: Sequence[Position]) -> list[dict[str, Any]]:
-    """Each position as a row, with the size of its file; none where it is not in sight, which is no reason not to
-    answer."""
-    scan = LogFiles(settings.audit_globs, settings.open_files_max).scan({p.locator for p in positions})
-    sizes = {file.locator: file.size for file in scan.files}
-    return [_file_row(position, sizes) for position in positions]
-
-
-def _file_row(position: Position, sizes: Mapping[tuple[int, int], int]) -> dict[str, Any]:
-    superseded = position.state is FileState.FINAL
-    size = None if superseded else sizes.get(position.locator)
-    return {
-        "file_id": position.file_id,
-        "path": position.path,
-        "generation": position.generation,
-        "state": str(position.state),
-        "blocked_reason": None if position.blocked_reason is None else str(position.blocked_reason),
-        "committed_offset": position.committed_offset,
-        "size": size,
-        "lag_bytes": None if size is None else max(0, size - position.committed_offset),
-        "last_commit_at": None if position.last_commit_at is None else position.last_commit_at.isoformat(),
-        "first_seen_at": None if position.first_seen_at is None else position.first_seen_at.isoformat(),
-        "previous_file_id": position.previous_file_id,
-    }
 
 
 def _notes(row: Mapping[str, Any]) -> Iterator[str]:

@@ -3,44 +3,41 @@
 They only read, beside a running daemon or without one. Exit code 1 where something differs.
 """
 
-import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from billing_tailer import app as daemon
+from billing_tailer import configured
 from billing_tailer.deletable import judge_files
 from billing_tailer.errors import ConfigError
 from billing_tailer.files import LogFiles, escape_path, unescape_path
 from billing_tailer.ledger import Generation, Proofs, proofs
-from billing_tailer.printing import AsJson, print_pairs, print_rows, text
+from billing_tailer.options import AsJson
+from billing_tailer.printing import (
+    complain,
+    print_json,
+    print_line,
+    print_pairs,
+    print_rows,
+    print_state,
+    progress_bar,
+    text,
+)
 from billing_tailer.settings import Settings, load
 from billing_tailer.survivors import Survivors, survivors
 from billing_tailer.verify import Checked, verify
 from billing_tailer.verify_settlement import verify_settlement
 
-proof = typer.Typer(no_args_is_help=True)
+verbs = typer.Typer()
 
 File = Annotated[str | None, typer.Option(metavar="PATH", help="Only what was read from this file, or stands in it.")]
 
 
-@proof.command("verify")
+@verbs.command("verify")
 def verify_(
     file: File = None,
     settlement: Annotated[bool, typer.Option("--settlement", help="Prove the receipts instead of the log.")] = False,
@@ -52,10 +49,10 @@ def verify_(
         if file is not None:
             raise ConfigError("--file and --settlement do not go together", "receipts are proven all at once")
         _verify_settlement(settings, as_json)
-    with daemon.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
+    with configured.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
         answer = _verified(settings, ledger, file)
     if as_json:
-        print(json.dumps(answer))
+        print_json(answer)
     else:
         _print_verified(answer)
     raise typer.Exit(0 if answer["ok"] else 1)
@@ -72,12 +69,16 @@ def _verified(settings: Settings, ledger: Proofs, file: str | None) -> dict[str,
     if file is not None and not chosen:
         raise ConfigError(f"nothing is known of {text(file)}", "see `billing-tailer files` for the known paths")
     todo = sum(one.position.committed_offset for one in chosen if one.position.file_id in found.files)
-    checked: list[Checked] = []
     with progress_bar("verifying", todo) as bar:
-        for one in chosen:
-            checked.append(verify(one, found.files.get(one.position.file_id), ledger, bar))
-            if one.position.file_id in found.unreadable:
-                checked[-1].differ(0, one.position.committed_offset, found.unreadable[one.position.file_id])
+        checked = [_checked(one, found, ledger, bar) for one in chosen]
+    if any(one.differences for one in checked):
+        now = {one.position.file_id: one for one in ledger.generations()}
+        pairs = [(was, one, now[was.position.file_id]) for was, one in zip(chosen, checked, strict=True)]
+        checked = [
+            # an operator moved its offset meanwhile: what was read before and after does not fit together
+            _checked(after, found, ledger, lambda _: None) if one.differences and was.resets != after.resets else one
+            for was, one, after in pairs
+        ]
     rows = [_row(one) for one in checked]
     differences = [asdict(difference) for one in checked for difference in one.differences]
     return {
@@ -91,19 +92,27 @@ def _verified(settings: Settings, ledger: Proofs, file: str | None) -> dict[str,
     }
 
 
+def _checked(one: Generation, found: Survivors, ledger: Proofs, progress: Callable[[int], None]) -> Checked:
+    file_id = one.position.file_id
+    checked = verify(one, found.files.get(file_id), ledger, progress)
+    if file_id in found.unreadable:
+        checked.differ(0, one.position.committed_offset, found.unreadable[file_id])
+    return checked
+
+
 def _verify_settlement(settings: Settings, as_json: bool) -> NoReturn:
     with (
-        daemon.database_for_verbs(settings) as dsn,
+        configured.database_for_verbs(settings) as dsn,
         proofs(dsn, settings.db_schema, settings.source_id) as ledger,
         progress_bar("calls", None) as bar,
     ):
-        proven = verify_settlement(ledger, daemon.rules(settings), bar)
+        proven = verify_settlement(ledger, configured.rules(settings), bar)
     answer = {"ok": proven.ok, **asdict(proven)}
     if as_json:
-        print(json.dumps(answer))
+        print_json(answer)
     else:
         for one in proven.differences:
-            print(f"DIFFERENCE call {text(one.call_id)}: {text(one.what)}")
+            print_state("DIFFERENCE", f" call {text(one.call_id)}: {text(one.what)}")
         print_pairs({name: value for name, value in answer.items() if name not in ("ok", "differences")})
         print_pairs({"differences": len(proven.differences) + proven.differences_not_shown})
     raise typer.Exit(0 if proven.ok else 1)
@@ -112,7 +121,7 @@ def _verify_settlement(settings: Settings, as_json: bool) -> NoReturn:
 def print_safe_to_delete(settings: Settings, as_json: bool) -> NoReturn:
     """Paths that may be deleted on standard output, one a line as they are; why others must stay on standard error.
     Exit code 1 where a file is not what was committed."""
-    with daemon.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
+    with configured.database_for_verbs(settings) as dsn, proofs(dsn, settings.db_schema, settings.source_id) as ledger:
         generations = ledger.generations()
         found = find_survivors(settings, generations)
         todo = sum(one.position.committed_offset for one in generations if one.position.file_id in found.files)
@@ -121,20 +130,19 @@ def print_safe_to_delete(settings: Settings, as_json: bool) -> NoReturn:
     safe = [one.path for one in judged if not one.reasons]
     if as_json:
         others = [{"path": one.path, "reasons": list(one.reasons)} for one in judged if one.reasons]
-        print(json.dumps({"safe": safe, "not_safe": others, "problems": found.problems}))
+        print_json({"safe": safe, "not_safe": others, "problems": found.problems})
     else:
-        names = {path: unescape_path(path) for path in safe}
-        sys.stdout.flush()
-        for path, name in names.items():
+        for path in safe:
+            name = unescape_path(path)
             if b"\n" in name:  # would be two names to whoever reads them
-                print(f"{path}: may be deleted, but its name has a newline: use --json", file=sys.stderr)
+                complain(f"{path}: may be deleted, but its name has a newline: use --json")
             else:
-                sys.stdout.write(os.fsdecode(name) + "\n")
+                print_line(os.fsdecode(name))
         for one in judged:
             if one.reasons:
-                print(f"{text(one.path)}: {'; '.join(one.reasons)}", file=sys.stderr)
+                complain(f"{text(one.path)}: {'; '.join(one.reasons)}")
         for problem in found.problems:
-            print(f"warning: {text(problem)}", file=sys.stderr)
+            complain(f"warning: {text(problem)}")
     raise typer.Exit(1 if any(one.differs for one in judged) else 0)
 
 
@@ -178,21 +186,8 @@ def _print_verified(answer: dict[str, Any]) -> None:
     print_rows(rows, [*columns, "differences"], False)
     for one in answer["differences"]:
         place = f"{text(one['path'])} (file_id {one['file_id']})"
-        print(f"DIFFERENCE {place}, bytes {one['start_offset']} to {one['end_offset']}: {one['what']}")
+        print_state("DIFFERENCE", f" {place}, bytes {one['start_offset']} to {one['end_offset']}: {one['what']}")
     for problem in answer["problems"]:
-        print(f"warning: {text(problem)}")
+        print_line(f"warning: {text(problem)}", "yellow")
     shown = len(answer["differences"]) + answer["differences_not_shown"]
     print_pairs({"differences": shown, "bytes_read": answer["bytes_read"], "not_on_disk": len(answer["not_on_disk"])})
-
-
-@contextmanager
-def progress_bar(what: str, bytes_total: int | None) -> Iterator[Any]:
-    """A bar on the terminal, to be told how many bytes (None: rows, nobody knows how many) were done; nothing where
-    standard error is none."""
-    of_bytes = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    of_rows = (TextColumn("{task.completed:.0f}"), TimeElapsedColumn())
-    columns = (TextColumn(what), BarColumn(), *(of_rows if bytes_total is None else of_bytes))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=bytes_total)
-        yield lambda done: bar.advance(task, done)

@@ -22,6 +22,8 @@ from billing_tailer.spend import parse_row
 
 MARGIN = timedelta(seconds=120)
 """LiteLLM's clock and ours, and the time between the proxy's start of a request and LiteLLM's."""
+SWEEP_SECONDS_MAX = 60
+"""After its deadline a call is decided by the next sweep: a window that is over for longer is closed."""
 DAY = timedelta(days=1)
 WINDOWS_MAX = 400
 RATE_DECIMALS = Decimal("0.000001")

@@ -112,7 +112,9 @@ def verb(daemon_dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     """Verbs on the test's database and volume, with the daemon's role: an operator needs no other one but for `prune`
     and `migrate`."""
     verb = Verb(monkeypatch, capsys)
-    verb.environment(AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=daemon_dsn, CALLBACK_TOKEN="t" * 32)
+    verb.environment(
+        AUDIT_GLOBS=f"{log.parent}/audit*.jsonl*", DATABASE_URL=daemon_dsn, CALLBACK_TOKEN="0123456789abcdef" * 2
+    )
     return verb
 
 

@@ -286,7 +286,8 @@ def commands() -> Iterator[tuple[str, Any]]:
     """Every verb with its click command, in the order of the help."""
 
     def walk(group: Any, path: str) -> Iterator[tuple[str, Any]]:
-        for name, command in group.commands.items():
+        for name in group.list_commands(None):
+            command: Any = group.get_command(None, name)
             if hasattr(command, "commands"):
                 yield from walk(command, f"{path}{name} ")
             else:

@@ -1,20 +1,17 @@
 """Every verb: what people read, the JSON that programs read, exit codes; with a given Postgres and the embedded one."""
 
-import json
-from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from billing_tailer import __version__
 from billing_tailer.ledger import migrations
 from tests.support.daemon import Daemon
 from tests.support.follow import following
-from tests.support.loglines import RECORDED, line, lines
+from tests.support.loglines import line, lines
 from tests.support.proof import count, outcomes, rows
 from tests.support.verbs import Verb, answer_of, run_verb
 
@@ -95,8 +92,10 @@ def test_migrate(verb: Verb, empty_dsn: str) -> None:
     verb("status", code=2)
     assert "billing-tailer migrate" in verb.stderr
     applied = [migration.name for migration in migrations()]
-    assert verb.json("migrate") == {"schema": "billing", "applied": applied}
-    assert verb.json("migrate") == {"schema": "billing", "applied": []}
+    assert verb.json("migrate", "--dry-run") == {"schema": "billing", "applied": [], "missing": applied}
+    verb("status", code=2)
+    assert verb.json("migrate") == {"schema": "billing", "applied": applied, "missing": []}
+    assert verb.json("migrate") == {"schema": "billing", "applied": [], "missing": []}
     assert verb("migrate") == "schema billing: nothing to do\n"
 
 
@@ -130,6 +129,8 @@ STATUS_OF_NOTHING = {
     "pending_calls": 0,
     "receipts": 0,
     "exceptions_open": {},
+    "capture_ratio": None,
+    "unhealthy": [],
 }
 
 
@@ -297,131 +298,6 @@ def test_strangers_do_not_write_to_the_terminal(verb: Verb, dsn: str, log: Path)
 def test_no_such_dead_letter(verb: Verb, number: str) -> None:
     verb("dead-letters", "show", number, code=2)
     assert f"there is no dead letter {number}" in verb.stderr
-
-
-# --- check -----------------------------------------------------------------------------------------------------------
-
-
-def failing(findings: list[dict[str, Any]]) -> dict[str, str]:
-    assert all(set(finding) == {"ok", "topic", "message", "hint", "warning"} for finding in findings)
-    assert all(finding["hint"] for finding in findings if not finding["ok"])
-    return {finding["topic"]: finding["message"] for finding in findings if not finding["ok"]}
-
-
-def test_check(verb: Verb, daemon_dsn: str, log: Path) -> None:
-    verb.environment(DATABASE_URL=daemon_dsn)
-    log.write_bytes(RECORDED.read_bytes() + b'{"half')
-    assert failing(verb.json("check")) == {}
-    printed = verb("check")
-    fine = ("ok   ", "warn spend logs", "     -> ")
-    assert all(text.startswith(fine) for text in printed.splitlines())
-    assert "the last 122 lines are understood" in printed
-
-
-def test_check_says_everything_at_once(verb: Verb, log: Path, empty_dsn: str) -> None:
-    verb.environment(DATABASE_URL=empty_dsn)
-    assert failing(verb.json("check", code=1)) == {
-        "log files": f"no file matches {log.parent}/audit*.jsonl*",
-        "schema": f"billing is at version 0, this program needs {migrations()[-1].version}",
-    }
-    log.parent.rmdir()
-    assert set(failing(verb.json("check", code=1))) == {"log volume", "schema"}
-    printed = verb("check", code=1)
-    assert "FAIL log volume" in printed
-    assert "     -> " in printed
-
-
-def test_check_of_globs_that_forget_rotated_names(verb: Verb, daemon_dsn: str, log: Path) -> None:
-    log.write_bytes(lines(0, 1))
-    Path(f"{log}.1.gz").write_bytes(b"")
-    verb.environment(DATABASE_URL=daemon_dsn, AUDIT_GLOBS=str(log))
-    (message,) = failing(verb.json("check", code=1)).values()
-    assert message == f"{log}.1.gz looks like a rotated log, but no glob matches it"
-
-
-def test_check_of_a_log_that_is_not_understood(verb: Verb, daemon_dsn: str, log: Path) -> None:
-    """A line in nginx's default format, one without what bills it, and a carriage return, which ends no line."""
-    verb.environment(DATABASE_URL=daemon_dsn)
-    fields = json.loads(line(1))
-    del fields["status"]
-    log.write_bytes(b"127.0.0.1 - - GET\n" + line(0)[:-2] + b',"x":"\r"}\n' + json.dumps(fields).encode() + b"\n")
-    (message,) = failing(verb.json("check", code=1)).values()
-    assert f"{log}: 3 of the last 3 lines are not understood" in message
-    assert "status" in message
-
-
-def test_check_when_postgres_is_away(verb: Verb, log: Path) -> None:
-    log.write_bytes(lines(0, 1))
-    verb.environment(DATABASE_URL="host=127.0.0.1 port=1")
-    assert "refused" in failing(verb.json("check", code=1))["database"]
-
-
-@pytest.fixture
-def poor_dsn(dsn: str) -> Iterator[Callable[[str], str]]:
-    """Makes a role with the given grants on all tables of the schema; returns its DSN."""
-    role = "billing_tailer_poor"
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute(f"create role {role} login password 'x'")
-
-        def make(grants: str) -> str:
-            connection.execute(f"grant usage on schema billing to {role}")
-            connection.execute(f"grant {grants} on all tables in schema billing to {role}")
-            return make_conninfo(dsn, user=role, password="x")
-
-        yield make
-        connection.execute(f"drop owned by {role}")
-        connection.execute(f"drop role {role}")
-
-
-def test_check_of_the_grants(verb: Verb, log: Path, poor_dsn: Callable[[str], str]) -> None:
-    log.write_bytes(lines(0, 1))
-    verb.environment(DATABASE_URL=poor_dsn("select"))
-    message = failing(verb.json("check", code=1))["grants"]
-    assert "INSERT on usage_facts" in message
-    assert "UPDATE (path, " in message
-    assert "SELECT" not in message
-
-
-def test_what_check_finds_sufficient_is(verb: Verb, log: Path, poor_dsn: Callable[[str], str]) -> None:
-    """The daemon's role needs no ownership; and a reset must not be the first to find out what is missing."""
-    log.write_bytes(lines(0, 10))
-    poor = poor_dsn("select, insert, update")
-    verb.environment(DATABASE_URL=poor)
-    follow(poor, log, lines(0, 5) + lines(10, 5))
-    assert "DELETE on tail_batches" in failing(verb.json("check", code=1))["grants"]
-    verb("offsets", "reset", f"{log}=beginning", "--reason", "r", code=2)
-    assert "permission denied" in verb.stderr
-    poor_dsn("delete")
-    assert set(failing(verb.json("check", code=1))) == {"receipts"}
-    verb("offsets", "reset", f"{log}=beginning", "--reason", "r")
-    follow(poor, log, b"")
-    assert outcomes(poor) == {"replayed": 20}
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        "grant update on billing.charge_receipts to {role}",
-        "grant update (charged_credits) on billing.charge_receipts to {role}",
-        "grant delete on billing.charge_adjustments to {role}",
-        "grant truncate on billing.llm_charge_details to {role}",
-        (
-            "alter table billing.charge_receipts owner to {role}; "
-            "revoke update, delete, truncate on billing.charge_receipts from {role}"
-        ),
-    ],
-)
-def test_check_fails_where_receipts_may_be_changed(
-    verb: Verb, dsn: str, daemon_dsn: str, log: Path, given: str
-) -> None:
-    log.write_bytes(lines(0, 1))
-    verb.environment(DATABASE_URL=daemon_dsn)
-    assert failing(verb.json("check")) == {}
-    role = rows(daemon_dsn, "select current_user::text as role")[0]["role"]
-    with psycopg.connect(dsn, autocommit=True) as owner:
-        owner.execute(given.format(role=role).encode())
-    assert list(failing(verb.json("check", code=1))) == ["receipts"]
-    assert "FAIL receipts" in verb("check", code=1)
 
 
 # --- the embedded Postgres -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from billing_tailer.ledger import migrate, probe
+from billing_tailer.ledger import migrate, probing
 from billing_tailer.ledger.sqlfile import QUERIES
 from tests.support import database
 from tests.support.daemon import ROOT, Daemon
@@ -104,7 +104,8 @@ def needed(dsn: str) -> set[May]:
         try:
             owner.execute("grant usage on schema billing to billing_tailer_nobody")
             owner.execute("grant select (version) on billing.schema_migrations to billing_tailer_nobody")
-            missing = probe(make_conninfo(dsn, options="-c role=billing_tailer_nobody"), "billing")["missing_grants"]
+            with probing(make_conninfo(dsn, options="-c role=billing_tailer_nobody"), "billing") as probe:
+                missing = probe.missing_grants()
         finally:
             owner.execute("drop owned by billing_tailer_nobody")
             owner.execute("drop role billing_tailer_nobody")
@@ -130,7 +131,8 @@ def test_check_asks_for_what_the_statements_need(dsn: str) -> None:
 def test_the_daemon_may_do_what_is_needed_and_nothing_else(dsn: str, daemon_dsn: str, roles: database.Roles) -> None:
     """A new table is closed, and named here, until grants.sql says what it is for."""
     assert held(dsn, roles.daemon) == needed(dsn)
-    assert probe(daemon_dsn, "billing")["missing_grants"] == []
+    with probing(daemon_dsn, "billing") as probe:
+        assert probe.missing_grants() == []
 
 
 def test_the_others(dsn: str, roles: database.Roles) -> None:
@@ -274,7 +276,7 @@ def test_the_daemon_runs_and_settles(verb: Verb, dsn: str, daemon_dsn: str, log:
     assert verb.json("verify", "--settlement")["receipts"] == 3
 
 
-@pytest.mark.parametrize("owners", [["prune", "--reason", "r"], ["migrate"]])
-def test_what_is_the_owners_says_so(verb: Verb, owners: list[str]) -> None:
-    verb(*owners, code=2)
+def test_migrating_is_the_owners(verb: Verb) -> None:
+    """As is pruning (tests/test_verbs.py::test_who_may_prune)."""
+    verb("migrate", code=2)
     assert "BILLING_TAILER_MIGRATE_DATABASE_URL to the DSN of the role that owns the schema" in verb.stderr

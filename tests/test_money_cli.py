@@ -601,7 +601,7 @@ def test_check_of_the_cost_sources(verb: Verb, daemon_dsn: str, log: Path, monke
     assert (found["callbacks"]["ok"], found["callbacks"]["warning"]) == (True, True)
     assert (found["spend logs"]["ok"], bool(found["spend logs"]["hint"])) == (False, True)
     monkeypatch.setattr(SpendLogs, "reachable", lambda _: None)
-    assert by_topic(verb.json("check"))["spend logs"]["message"] == "http://127.0.0.1:1 answers"
+    assert by_topic(verb.json("check"))["spend logs"]["message"] == "http://127.0.0.1:1 answers, and takes the key"
 
 
 def test_by_header_it_is_said_what_that_gets_wrong(verb: Verb, dsn: str, daemon_dsn: str, log: Path) -> None:

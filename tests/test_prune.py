@@ -100,7 +100,7 @@ def test_a_line_that_is_just_being_committed_keeps_its_records(fed: str) -> None
     with psycopg.connect(fed) as daemon:
         daemon.execute(f"{insert}.* from billing.usage_facts f limit 1".encode(), (call(7),))
         with ThreadPoolExecutor(1) as pool:
-            pruned = pool.submit(pruning.prune, fed, "billing", reason="r", person="ann", dry_run=False)
+            pruned = pool.submit(pruning.prune, fed, "billing", dsn_name="d", reason="r", person="ann", dry_run=False)
             waits = "select from pg_locks where not granted and relation = 'billing.usage_facts'::regclass"
             deadline = time.monotonic() + 10
             while not rows(fed, waits):
@@ -117,6 +117,6 @@ def test_a_daemon_that_does_not_end_is_not_waited_for(fed: str, monkeypatch: pyt
     with psycopg.connect(fed) as daemon:
         daemon.execute("lock table billing.usage_facts in row exclusive mode")
         with pytest.raises(LedgerUnavailable, match="lock timeout"):
-            pruning.prune(fed, "billing", reason="r", person="ann", dry_run=False)
+            pruning.prune(fed, "billing", dsn_name="d", reason="r", person="ann", dry_run=False)
     assert rows(fed, "select records, finished_at from prunes") == [{"records": 0, "finished_at": None}]
     assert len(records(fed)) == 14

@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from billing_tailer import cli
+from billing_tailer import offsets_cli
 from billing_tailer.errors import ConfigError
 from billing_tailer.ledger import reports
 from billing_tailer.model import Position
@@ -347,7 +347,7 @@ def operator_resets(environment: dict[str, str], request: str) -> None:
     """As `offsets reset` does, without the cost of a process."""
     settings = load(environment)
     with reports(environment["BILLING_TAILER_DATABASE_URL"], "billing", "default") as ledger:
-        cli._reset(settings, ledger, parse_request(request), "test", "operator", dry_run=False)
+        offsets_cli._reset(settings, ledger, parse_request(request), "test", "operator", dry_run=False)
 
 
 def test_a_busy_daemon_adopts_resets(dsn: str, log: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`verify`: sound logs have no difference, and whatever is changed on disk or in the tables is named by its range."""
 
 import gzip
+import hashlib
 import os
 import random
 import tracemalloc
@@ -10,6 +11,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from billing_tailer import proof_cli
 from billing_tailer import verify as verifying
 from billing_tailer.files import regular_files
 from billing_tailer.ledger import proofs
@@ -17,7 +19,7 @@ from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import rows
 from tests.support.spendlines import payload, spool_line
-from tests.support.verbs import Verb
+from tests.support.verbs import Verb, answer_of, run_verb
 
 
 def follow(dsn: str, log: Path, content: bytes, **changes: Any) -> None:
@@ -270,3 +272,41 @@ def test_more_lines_than_were_committed_need_no_memory(dsn: str, log: Path, monk
     named = differences()
     monkeypatch.setattr(verifying, "LINES_MAX", 1 << 30)
     assert named == differences() >= {"a fact where no line is", "a dead letter where no line is"}
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_an_offset_that_was_moved_by_hand(verb: Verb, dsn: str, log: Path, goes_on: bool) -> None:
+    """Into the middle of a range, with all that belongs to it: named, also when a daemon has read on from there."""
+    follow(dsn, log, lines(0, 10))
+    middle = 4 * len(line(0))
+    frontier = hashlib.sha256(log.read_bytes()[:middle]).hexdigest()
+    execute(
+        dsn,
+        f"update tail_files set committed_offset = {middle}, frontier_bytes = {middle}, "
+        f"frontier_sha256 = decode('{frontier}', 'hex')",
+    )
+    if goes_on:
+        follow(dsn, log, line(11))
+    found = verb.json("verify", code=1)["differences"]
+    assert ("two ranges or gaps" if goes_on else "ends behind the committed offset") in " ".join(
+        one["what"] for one in found
+    )
+
+
+def test_an_offset_reset_meanwhile(verb: Verb, dsn: str, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read before it and after it does not fit together: such a generation is looked at once more."""
+    follow(dsn, log, lines(0, 10))
+    find = proof_cli.find_survivors
+    environment = {"BILLING_TAILER_DATABASE_URL": dsn, "BILLING_TAILER_AUDIT_GLOBS": f"{log.parent}/audit*"}
+
+    def find_after_a_reset(*arguments: Any) -> Any:
+        found = find(*arguments)
+        answer_of(run_verb(environment, "offsets", "reset", f"{log}=beginning", "--reason", "r", "--json"))
+        return found
+
+    monkeypatch.setattr(proof_cli, "find_survivors", find_after_a_reset)
+    (one,) = verb.json("verify")["generations"]
+    assert (one["committed_offset"], one["differences"]) == (0, 0)
+    monkeypatch.setattr(proof_cli, "find_survivors", find)
+    follow(dsn, log, b"")
+    assert verb.json("verify")["ok"]

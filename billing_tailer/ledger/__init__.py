@@ -3,9 +3,10 @@
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.news import listening
 from billing_tailer.ledger.operator import Operator, Told, operator
+from billing_tailer.ledger.probe import Probe, probing
 from billing_tailer.ledger.proofs import Generation, OddCalls, PlacedRows, Proofs, ReceiptRow, Tile, proofs
 from billing_tailer.ledger.pruning import Pruned, prune
-from billing_tailer.ledger.reports import Reports, models_seen, probe, reports
+from billing_tailer.ledger.reports import Reports, reports
 from billing_tailer.ledger.resets import Reset, Ruling
 from billing_tailer.ledger.runs import Reads, RunStatus, Unaudited
 from billing_tailer.ledger.settlement import Waiting, Window
@@ -22,6 +23,7 @@ __all__ = [
     "OddCalls",
     "Operator",
     "PlacedRows",
+    "Probe",
     "Proofs",
     "Pruned",
     "Reads",
@@ -38,9 +40,8 @@ __all__ = [
     "listening",
     "migrate",
     "migrations",
-    "models_seen",
     "operator",
-    "probe",
+    "probing",
     "proofs",
     "prune",
     "reason_of",

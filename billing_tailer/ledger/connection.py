@@ -118,12 +118,12 @@ def lock_key(purpose: str, schema: str, name: str = "") -> int:
     return int.from_bytes(digest[:8], "big", signed=True)
 
 
-def migrate(dsn: str, schema: str = "billing") -> list[str]:
-    """Apply the migrations that are missing; returns their names. Needs the owner's role.
+def migrate(dsn: str, schema: str = "billing", *, dry_run: bool = False) -> list[str]:
+    """Apply the migrations that are missing; returns their names. Needs the owner's role. dry_run: roll them back.
 
     The lock is taken before CREATE SCHEMA, which is not safe against itself.
     """
-    with connect(dsn, schema) as connection, wrapped(), connection.transaction():
+    with connect(dsn, schema) as connection, wrapped(), connection.transaction(force_rollback=dry_run):
         connection.execute("set local statement_timeout = 0")
         connection.execute("select pg_advisory_xact_lock(%s)", (lock_key("migrate", schema),))
         try:
@@ -145,7 +145,7 @@ def _apply(connection: Connection, schema: str) -> list[Migration]:
         "(version integer primary key, name text not null, sha256 text not null, "
         "applied_at timestamptz not null default now())"
     )
-    missing = _missing(connection, schema)
+    missing = unapplied(connection, schema)
     for migration in missing:
         connection.execute(migration.text)
         connection.execute(
@@ -160,7 +160,7 @@ def require_schema(connection: Connection, schema: str) -> None:
     require_usage(connection, schema)
     with wrapped():
         version = schema_version(connection)
-        missing = _missing(connection, schema) if version else migrations()
+        missing = unapplied(connection, schema) if version else migrations()
     if missing:
         raise ConfigError(
             f"schema {schema} is at version {version}, this program needs {missing[-1].version}",
@@ -171,9 +171,10 @@ def require_schema(connection: Connection, schema: str) -> None:
 def require_usage(connection: Connection, schema: str) -> None:
     """Raise ConfigError where the schema is there, but closed to our role."""
     with wrapped():
-        closed = connection.execute(query("may_not_use_schema"), {"schema": schema}).fetchone()
-    if closed == (True,):
-        role = connection.info.user
+        row = connection.execute(query("may_not_use_schema"), {"schema": schema}).fetchone()
+    assert row is not None
+    closed, role = row
+    if closed:
         raise ConfigError(f"role {role} may not use schema {schema}", f"grant usage on schema {schema} to {role}")
 
 
@@ -186,7 +187,7 @@ def schema_version(connection: Connection) -> int:
     return int(row[0])
 
 
-def _missing(connection: Connection, schema: str) -> list[Migration]:
+def unapplied(connection: Connection, schema: str) -> list[Migration]:
     """The migrations that are not applied yet. Raises ConfigError where others were, or others than ours."""
     applied: dict[int, str] = dict(connection.execute("select version, sha256 from schema_migrations").fetchall())
     ours = {migration.version: migration for migration in migrations()}

@@ -35,13 +35,14 @@ class Tile:
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A generation at one moment. last: its last committed range then, which may grow. rewound_to: the lowest byte that
-    an operator ever moved its offset back to; fact_beyond, batch_beyond: rows behind the offset. letters_open: dead
-    letters that nobody has decided."""
+    an operator ever moved its offset back to; resets: how often one was moved; fact_beyond, batch_beyond: rows behind
+    the offset. letters_open: dead letters that nobody has decided."""
 
     position: Position
     source_id: str
     last: Tile | None
     rewound_to: int | None
+    resets: int
     fact_beyond: int | None
     batch_beyond: int | None
     letters_open: int
@@ -190,6 +191,7 @@ def _generation(row: Mapping[str, Any]) -> Generation:
         row["source_id"],
         last,
         row["rewound_to"],
+        row["resets"],
         row["fact_beyond"],
         row["batch_beyond"],
         row["letters_open"],

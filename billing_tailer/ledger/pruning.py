@@ -36,8 +36,9 @@ class Pruned:
     cost_usd: Decimal
 
 
-def prune(dsn: str, schema: str, *, reason: str, person: str, dry_run: bool) -> Pruned:
-    """Remove the spend records of calls without an audit line whose last record is older than DAYS.
+def prune(dsn: str, schema: str, *, dsn_name: str, reason: str, person: str, dry_run: bool) -> Pruned:
+    """Remove the spend records of calls without an audit line whose last record is older than DAYS. dsn_name: where
+    the DSN comes from.
 
     Raises ConfigError where the role may not, LedgerUnavailable where a batch cannot get its turn.
     """
@@ -48,8 +49,9 @@ def prune(dsn: str, schema: str, *, reason: str, person: str, dry_run: bool) -> 
             [allowed] = _rows(connection, query("may_prune"), days=DAYS)
             if not (allowed["may_delete"] or dry_run):
                 raise ConfigError(
-                    f"role {connection.info.user} may not delete spend records, and should not if it is the daemon's",
-                    "set BILLING_TAILER_MIGRATE_DATABASE_URL to the DSN of the role that owns the schema",
+                    f"role {allowed['role']} of {dsn_name} may not remove spend records from schema {schema}, and "
+                    "should not if it is the daemon's",
+                    f"set BILLING_TAILER_MIGRATE_DATABASE_URL to a DSN of {allowed['owner']}, who owns them",
                 )
             words = {"before": allowed["before"], "reason": reason, "person": person}
             prune_id = None if dry_run else _rows(connection, query("begin_prune"), **words)[0]["prune_id"]

@@ -6,17 +6,10 @@ from typing import Any
 
 from psycopg.rows import dict_row
 
-from billing_tailer.ledger.connection import (
-    Connection,
-    connect,
-    may_change_money,
-    query,
-    require_schema,
-    require_usage,
-    schema_version,
-    wrapped,
-)
+from billing_tailer.errors import ConfigError
+from billing_tailer.ledger.connection import Connection, connect, query, require_schema, wrapped
 from billing_tailer.ledger.resets import Reset, Ruling, apply_reset, apply_ruling, range_start
+from billing_tailer.ledger.runs import WINDOW_COUNTS
 from billing_tailer.ledger.writer import position_of
 from billing_tailer.model import Position
 
@@ -41,14 +34,31 @@ class Reports:
         kinds = {row["kind"]: row["n"] for row in self._rows("settlement_exceptions")}
         return {**self._rows("settlement_totals")[0], "exceptions_open": kinds}
 
+    def closed_window(self, closed_seconds: int) -> dict[str, Any]:
+        """How many calls of the last quarter of an hour that is over for so long stand where, of all sources."""
+        window = self._rows("closed_window", closed=closed_seconds)[0]
+        with wrapped(), self._connection.cursor(row_factory=dict_row) as cursor:
+            row = cursor.execute(WINDOW_COUNTS, window).fetchone()
+        assert row is not None
+        return row
+
     def dead_letters(self, *, include_resolved: bool, limit: int) -> list[dict[str, Any]]:
         """The newest dead letters first, without their bytes."""
         return self._rows("dead_letters", all=include_resolved, limit=limit)
 
     def dead_letter(self, dead_letter_id: int) -> dict[str, Any] | None:
-        """One dead letter with its bytes."""
+        """One dead letter with its bytes. Raises ConfigError where it is another source's."""
         rows = self._rows("dead_letter", dead_letter_id=dead_letter_id)
-        return rows[0] if rows else None
+        if not rows:
+            return None
+        row = rows[0]
+        theirs = row.pop("source_id")
+        if theirs not in (self._source_id, f"{self._source_id}.backfill"):
+            raise ConfigError(
+                f"dead letter {dead_letter_id} is of source {theirs}, and SOURCE_ID is {self._source_id}",
+                "run the verb with the variables of that source's tailer: its files are on another volume",
+            )
+        return row
 
     def range_start(self, position: Position, offset: int) -> int:
         """Where the committed range that contains `offset` begins."""
@@ -85,22 +95,3 @@ def reports(dsn: str, schema: str, source_id: str) -> Iterator[Reports]:
     with connect(dsn, schema, application_name="billing_tailer cli") as connection:
         require_schema(connection, schema)
         yield Reports(connection, source_id)
-
-
-def probe(dsn: str, schema: str) -> dict[str, Any]:
-    """What `check` wants to know of a database: server version, schema version, role, missing grants, and whether
-    receipts are append-only for the role."""
-    with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
-        require_usage(connection, schema)
-        with connection.cursor(row_factory=dict_row) as cursor:
-            facts = cursor.execute(query("probe"), {"schema": schema}).fetchone()
-        assert facts is not None
-        append_only = not may_change_money(connection, schema)
-        return {**facts, "append_only": append_only, "schema_version": schema_version(connection)}
-
-
-def models_seen(dsn: str, schema: str) -> set[str]:
-    """Every model group and model that a spend record has named."""
-    with connect(dsn, schema, application_name="billing_tailer check") as connection, wrapped():
-        found = connection.execute(query("models_seen")).fetchall()
-    return {name for row in found for name in row if name is not None}

@@ -40,12 +40,15 @@ def spend_logs(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         def do_GET(self) -> None:
             url = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
+            if url.path == "/health/readiness":
+                self._answer({"status": "healthy", "litellm_version": "1.106.2"})
+                return
             if url.path == "/spend/logs":
                 self._answer([one for one in ordered if one["litellm_call_id"] == query["request_id"]])
                 return
             first, last = query["start_date"].replace(" ", "T"), query["end_date"].replace(" ", "T")
             found = [one for one in ordered if first <= one["startTime"] <= last]
-            size, page = int(query["page_size"]), int(query["page"])
+            size, page = int(query["page_size"]), int(query.get("page", "1"))
             data = found[(page - 1) * size : page * size]
             pages = -(-len(found) // size)
             answer = {"data": data, "total": len(found), "page": page, "page_size": size}

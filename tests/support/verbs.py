@@ -51,17 +51,27 @@ class Verb:
         for name, value in variables.items():
             self._monkeypatch.setenv(f"BILLING_TAILER_{name}", value)
 
-    def __call__(self, *arguments: str, code: int = 0) -> str:
-        """What it printed; with code 0 or 1 it must not complain, with another it must."""
+    def _ended(self, *arguments: str) -> tuple[int, str]:
         self._monkeypatch.setattr(sys, "argv", ["billing-tailer", *arguments])
         self._capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             cli.main()
         printed = self._capsys.readouterr()
         self.stderr = printed.err
-        assert ended.value.code == code, f"{printed.out}\n{printed.err}"
-        assert bool(printed.err) == (code >= 2), printed.err
-        return printed.out
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, printed.out
+
+    def __call__(self, *arguments: str, code: int = 0) -> str:
+        """What it printed; with code 0 or 1 it must not complain, with another it must."""
+        found, printed = self._ended(*arguments)
+        assert found == code, f"{printed}\n{self.stderr}"
+        assert bool(self.stderr) == (code >= 2), self.stderr
+        return printed
+
+    def outcome(self, *arguments: str) -> tuple[int, Any]:
+        """Its exit code, and what it printed: with --json as a value."""
+        code, printed = self._ended(*arguments)
+        return code, json.loads(printed) if "--json" in arguments else printed
 
     def json(self, *arguments: str, code: int = 0) -> Any:
         return json.loads(self(*arguments, "--json", code=code))

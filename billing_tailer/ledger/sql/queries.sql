@@ -192,7 +192,7 @@ where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and (%(all)s 
 order by d.dead_letter_id desc limit %(limit)s
 
 -- name: dead_letter
-select d.dead_letter_id, d.file_id, f.path, d.start_offset, d.end_offset, d.reason, d.detail, d.created_at,
+select d.dead_letter_id, d.file_id, f.source_id, f.path, d.start_offset, d.end_offset, d.reason, d.detail, d.created_at,
        d.resolved_at, d.resolution, d.resolved_by, d.resolved_reason, d.raw, d.sha256
 from dead_letters d join tail_files f using (file_id)
 where d.dead_letter_id = %(dead_letter_id)s
@@ -228,7 +228,23 @@ select a.application_name from pg_stat_activity a join pg_locks l on l.pid = a.p
 where l.locktype = 'advisory' and l.granted and a.application_name = left(%(application)s, 63) limit 1
 
 -- name: may_not_use_schema
-select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_regnamespace(%(schema)s), 'USAGE')
+select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_regnamespace(%(schema)s), 'USAGE'),
+       current_user::text
+
+-- name: probe_server
+select current_setting('server_version') as server_version, current_user::text as role,
+       session_user::text as login, current_database()::text as database
+
+-- name: excess_grants
+-- What the daemon's role is better off without: facts and records are kept, as what receipts follow from.
+select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}') as excess
+from pg_class t cross join unnest(array['UPDATE', 'DELETE', 'TRUNCATE']) privilege
+where t.relnamespace = to_regnamespace(%(schema)s) and t.relname in ('usage_facts', 'spend_records')
+  and has_table_privilege(t.oid, privilege)
+
+-- name: callbacks_between
+select count(*) as n from spend_records
+where source = 'callback' and received_at >= %(start)s and received_at < %(end)s
 
 -- name: may_change_money
 -- By a grant, or because it may become the tables' owner, who could grant it to itself.
@@ -237,7 +253,7 @@ select coalesce(bool_or(has_any_column_privilege(t.oid, 'UPDATE') or has_table_p
 from pg_class t where t.relnamespace = to_regnamespace(%(schema)s)
   and t.relname in ('charge_receipts', 'llm_charge_details', 'charge_adjustments')
 
--- name: probe
+-- name: missing_grants
 -- What the daemon's role needs is what deploy/postgres/grants.sql gives it, no more and no less (tests/test_grants.py).
 with needed (privilege, relname, columns) as (
     select 'SELECT', relname, null::text[] from pg_class
@@ -283,9 +299,7 @@ with needed (privilege, relname, columns) as (
     select 'TEMPORARY on database ' || current_database()
     where not has_database_privilege(current_database(), 'TEMPORARY')
 )
-select current_setting('server_version') as server_version, current_user::text as role,
-       extract(epoch from now())::float8 as server_time,
-       (select coalesce(array_agg(name order by name), '{}') from missing) as missing_grants
+select coalesce(array_agg(name order by name), '{}') as missing from missing
 
 -- name: touched
 select call_id from touched_calls order by call_id limit %(limit)s
@@ -416,7 +430,9 @@ where s.received_at > %(after)s and s.received_at <= %(to)s
 select pg_notify(%(channel)s, run_id) from usage_facts where call_id = %(call_id)s and run_id is not null
 
 -- name: may_prune
-select has_table_privilege('spend_records', 'DELETE') as may_delete, now() - make_interval(days => %(days)s) as before
+select has_table_privilege('spend_records', 'DELETE') as may_delete, now() - make_interval(days => %(days)s) as before,
+       current_user::text as role,
+       (select relowner::regrole::text from pg_class where oid = 'spend_records'::regclass) as owner
 
 -- name: begin_prune
 insert into prunes (received_before, records, calls, reason, pruned_by)
@@ -729,6 +745,7 @@ select f.file_id, f.path, f.device, f.inode, f.generation, f.previous_file_id, f
        b.start_offset as last_start, b.end_offset as last_end, b.sha256 as last_sha256, b.counts as last_counts,
        (select min(new_offset) from offset_resets r
         where r.file_id = f.file_id and r.new_offset < r.old_offset) as rewound_to,
+       (select count(*) from offset_resets r where r.file_id = f.file_id) as resets,
        (select min(start_offset) from tail_batches t
         where t.file_id = f.file_id and t.end_offset > f.committed_offset) as batch_beyond,
        (select count(*) from dead_letters d where d.file_id = f.file_id and d.resolved_at is null) as letters_open
