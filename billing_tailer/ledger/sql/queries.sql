@@ -771,14 +771,15 @@ where (start_offset, kind) > (%(after)s, %(kind)s) and start_offset < %(before)s
 order by start_offset, kind limit %(limit)s
 
 -- name: proof_facts
--- Packed: eight bytes an offset, big endian. Ordered once, by the index, not by each aggregate.
+-- Packed: eight bytes an offset, big endian. Ordered once, by the index, not by each aggregate; the offset keeps the order
+-- where the rows come from several shards.
 select coalesce(string_agg(int8send(start_offset), ''::bytea), '') as starts,
        coalesce(string_agg(int8send(end_offset), ''::bytea), '') as ends,
        coalesce(array_agg(start_offset) filter (where line_sha256 is not null), '{}') as hashed,
        coalesce(array_agg(line_sha256) filter (where line_sha256 is not null), '{}') as hashes
 from (select start_offset, end_offset, line_sha256 from usage_facts
       where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s
-      order by start_offset) facts
+      order by start_offset offset 0) facts
 
 -- name: proof_letters
 select start_offset, end_offset, sha256 from dead_letters
