@@ -58,4 +58,7 @@ lock:
 	cd tests/e2e/litellm && uv pip compile requirements.in --universal --python-version 3.11 --no-annotate \
 		--no-emit-index-url --no-emit-find-links --upgrade --quiet --custom-compile-command 'make lock' \
 		--output-file requirements.txt
-	@! grep -n -e '://' -e '^--' requirements.lock tests/e2e/litellm/requirements.txt
+	cd tests/vulnerabilities && uv pip compile requirements.in --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-emit-index-url --no-emit-find-links --upgrade --quiet --custom-compile-command 'make lock' \
+		--output-file requirements.txt
+	@! grep -n -e '://' -e '^--' requirements.lock tests/e2e/litellm/requirements.txt tests/vulnerabilities/requirements.txt
