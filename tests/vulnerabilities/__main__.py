@@ -63,10 +63,12 @@ def audit(python: Path, arguments: Sequence[str]) -> Mapping[str, Any]:
     command = [str(python), "-m", "pip_audit", *options, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=AUDIT_SECONDS_MAX, check=False)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"pip-audit gave no report within {AUDIT_SECONDS_MAX} s") from None
+    try:
         report: Mapping[str, Any] = json.loads(done.stdout)
-    except (json.JSONDecodeError, subprocess.TimeoutExpired) as error:
-        said = error.args[0] if isinstance(error, subprocess.TimeoutExpired) else done.stderr[-600:]
-        raise ValueError(f"pip-audit gave no report: {said}") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"pip-audit gave no report: {done.stderr[-600:]}") from None
     return report
 
 
@@ -86,7 +88,10 @@ def main() -> int:
         venv.create(directory, with_pip=True)
         python = Path(directory, "bin/python")
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--require-hashes"]
-        subprocess.run([*install, "-r", str(HERE / "requirements.txt")], check=True, timeout=AUDIT_SECONDS_MAX)
+        try:
+            subprocess.run([*install, "-r", str(HERE / "requirements.txt")], check=True, timeout=AUDIT_SECONDS_MAX)
+        except subprocess.SubprocessError as error:
+            return not_checked(f"pip-audit cannot be installed: {error}")
         bad = Path(directory, "known-bad.txt")
         bad.write_text(f"{KNOWN_BAD}\n")
         try:
