@@ -3,6 +3,7 @@
 # make check  format, lint, types, import contracts, docs tests
 # make e2e    only the end-to-end tests          make bench  speed, latency and memory, as ratios
 # make torture  kills, cuts and file accidents at length: TORTURE_RUNS=10000 (deaths), TORTURE_SEED=n to see one again
+# make fuzz   ten minutes each for lines and callbacks: FUZZ_SECONDS=3600 for longer
 # make lock   resolves the dependencies anew (needs uv)
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
 .DEFAULT_GOAL := test
-.PHONY: setup run check test e2e bench torture lock
+.PHONY: setup run check test e2e bench torture fuzz lock
 
 setup: $(STAMP)
 
@@ -46,6 +47,9 @@ bench: setup
 torture: setup
 	$(BIN)/python -m tests.torture
 
+fuzz: setup
+	BILLING_TAILER_TEST_FUZZ_SECONDS=$(or $(FUZZ_SECONDS),600) $(BIN)/python -m pytest -s tests/test_fuzz_parser.py tests/test_fuzz_callbacks.py
+
 # No set-up first: this is what repairs a lock that cannot be installed.
 lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
@@ -54,4 +58,7 @@ lock:
 	cd tests/e2e/litellm && uv pip compile requirements.in --universal --python-version 3.11 --no-annotate \
 		--no-emit-index-url --no-emit-find-links --upgrade --quiet --custom-compile-command 'make lock' \
 		--output-file requirements.txt
-	@! grep -n -e '://' -e '^--' requirements.lock tests/e2e/litellm/requirements.txt
+	cd tests/vulnerabilities && uv pip compile requirements.in --universal --python-version 3.11 --generate-hashes \
+		--no-annotate --no-emit-index-url --no-emit-find-links --upgrade --quiet --custom-compile-command 'make lock' \
+		--output-file requirements.txt
+	@! grep -n -e '://' -e '^--' requirements.lock tests/e2e/litellm/requirements.txt tests/vulnerabilities/requirements.txt

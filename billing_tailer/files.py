@@ -69,7 +69,8 @@ class Scan:
     """Everything one look at the directories saw.
 
     complete: every directory of every glob was listed, and every file that matches could be looked at. strays: names of
-    followed files that no glob matches. problems: in words, for /readyz. broken: gzip files that cannot be read, too.
+    followed files that no glob matches. problems: in words, for /readyz. broken: gzip files that cannot be read and
+    links that are not followed, too.
     lookalikes: files whose names go on from one that matches (`X.1`, `X-20261122`, `X.1.gz`) and that no glob matches.
     archives_unknown: gzip files that are not listed yet, because they have to be read through first.
     """
@@ -159,6 +160,7 @@ class LogFiles:
         problems: list[str] = []
         strays: set[str] = set()
         lookalikes: list[os.DirEntry[bytes]] = []
+        leading_out: list[str] = []
         inodes = {inode for _, inode in wanted}
         by_directory: dict[bytes, list[bytes]] = {}
         for pattern in self._globs:
@@ -170,7 +172,8 @@ class LogFiles:
         for directory, names in sorted(by_directory.items()):
             try:
                 with os.scandir(directory) as entries:
-                    lookalikes += self._scan_directory(entries, names, wanted, inodes, found, strays, problems)
+                    inside = [entry for entry in entries if not _leads_out(entry, names, by_directory, leading_out)]
+                lookalikes += self._scan_directory(inside, names, wanted, inodes, found, strays, problems)
             except OSError as error:
                 problems.append(f"cannot list {escape_path(directory)}: {error.strerror}")
         strays &= {file.path for file in found.values()}  # a second name beside one that matches is no stray
@@ -188,7 +191,8 @@ class LogFiles:
         complete = not problems and not unknown
         followed = {inode for _, inode in found}  # which may have a second name
         like = tuple(escape_path(entry.path) for entry in lookalikes if entry.inode() not in followed)
-        return Scan(files, complete, tuple(problems), tuple(sorted(strays)), broken, like, unknown)
+        unread = (*broken, *leading_out)
+        return Scan(files, complete, tuple(problems), tuple(sorted(strays)), unread, like, unknown)
 
     def _sort_out_archives(
         self,
@@ -526,6 +530,32 @@ class LogFiles:
         """Let go of every file."""
         for locator in list(self._handles):
             self._close(locator)
+
+
+def _leads_out(
+    entry: os.DirEntry[bytes], names: Sequence[bytes], directories: Collection[bytes], leading_out: list[str]
+) -> bool:
+    """Whether an entry with one of these names (globs) is a symbolic link to a file outside of the directories that are
+    looked into; then it is noted.
+
+    Who may write to the volume must not make us read what else this process can read, such as its secrets. The file
+    that the link names and the one that `stat` follows it to are compared, since the link may change in between.
+    """
+    if not entry.is_symlink() or not any(fnmatch.fnmatchcase(entry.name, name) for name in names):
+        return False
+    target = os.path.realpath(entry.path)
+    try:
+        named, followed = os.lstat(target), entry.stat()
+    except OSError:
+        return False  # it leads nowhere
+    inside = os.path.dirname(target) in {os.path.realpath(directory) for directory in directories}
+    if inside and (named.st_dev, named.st_ino) == (followed.st_dev, followed.st_ino):
+        return False
+    if stat.S_ISREG(followed.st_mode):
+        leading_out.append(
+            f"{escape_path(entry.path)}: a symbolic link out of the directories of AUDIT_GLOBS is not read"
+        )
+    return True
 
 
 def _goes_on_from(name: bytes, names: Collection[bytes]) -> bool:

@@ -195,6 +195,53 @@ def test_symlink_to_a_log_elsewhere(logs: LogFiles, tmp_path: Path) -> None:
     assert logs.read(position_of(logs, file, 0), file, 100) == Chunk(b"", b"x\n", 2)
 
 
+def test_a_link_out_of_the_volume_is_not_followed(tmp_path: Path) -> None:
+    """Who writes the log must not choose what else we read; a directory that a glob names is no way out."""
+    secret = tmp_path / "secrets" / "token"
+    secret.parent.mkdir()
+    secret.write_bytes(b"a secret\n")
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "audit.jsonl").symlink_to(secret)
+    (volume / "audit.by-way").symlink_to(volume / "audit.jsonl")
+    (volume / "audit.dots").symlink_to("../secrets/token")
+    (volume / "log").write_bytes(b"x\n")
+    (volume / "audit.log").symlink_to("log")
+    (tmp_path / "mount").symlink_to(volume)
+    with following(f"{tmp_path}/mount/audit*") as logs:
+        scan = logs.scan()
+        assert [file.path for file in scan.files] == [f"{tmp_path}/mount/audit.log"]
+        assert scan.complete, "nobody can stop the others from being read by it"
+        assert len(scan.broken) == 3
+        assert "audit.jsonl: a symbolic link out of the directories of AUDIT_GLOBS" in " ".join(scan.broken)
+    with following(f"{volume}/audit*", f"{secret.parent}/*") as logs:
+        assert [file.path for file in logs.scan().files if "token" in file.path or "audit.jsonl" in file.path]
+        assert logs.scan().broken == ()
+
+
+def test_a_link_that_changes_under_our_eyes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = tmp_path / "secrets" / "token"
+    secret.parent.mkdir()
+    secret.write_bytes(b"a secret\n")
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    (volume / "log").write_bytes(b"x\n")
+    link = volume / "audit.jsonl"
+    link.symlink_to("log")
+    real = os.path.realpath
+
+    def swapped(path: bytes) -> bytes:
+        found = real(path)
+        if path.endswith(b"audit.jsonl"):
+            link.unlink()
+            link.symlink_to(secret)
+        return found
+
+    monkeypatch.setattr(os.path, "realpath", swapped)
+    with following(f"{volume}/audit*") as logs:
+        assert logs.scan().files == ()
+
+
 def test_what_is_no_log(logs: LogFiles, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "audit.fifo")
     (tmp_path / "audit.directory").mkdir()
@@ -310,6 +357,9 @@ def test_what_cannot_be_looked_at_is_not_gone(
 ) -> None:
     class Entry:
         name, path = b"audit.broken", b"/mnt/audit.broken"
+
+        def is_symlink(self) -> bool:
+            return False
 
         def inode(self) -> int:
             return 1

@@ -14,6 +14,13 @@ from billing_tailer import __version__
 from billing_tailer.errors import ConfigError
 from billing_tailer.events import Events
 from billing_tailer.health import Health
+from billing_tailer.web.connections import (
+    CONNECTIONS_MAX,
+    HEAD_BYTES_MAX,
+    KEEP_ALIVE_SECONDS,
+    connection_class,
+    without_ambiguous,
+)
 
 STOP_SECONDS_MAX = 2.0
 LISTEN_BACKLOG = 1024
@@ -49,14 +56,17 @@ class HttpServer:
             ) from None
         self.port = int(listener.getsockname()[1])
         config = uvicorn.Config(
-            application(self._events, self._health, self._routes),
+            without_ambiguous(application(self._events, self._health, self._routes)),
+            http=connection_class(),
+            ws="none",
+            h11_max_incomplete_event_size=HEAD_BYTES_MAX,
             log_config=None,
             log_level="error",  # not a line of text between the JSON for every port scan
             access_log=False,
             lifespan="off",
-            timeout_keep_alive=15,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=1,
-            limit_concurrency=1000,
+            limit_concurrency=CONNECTIONS_MAX + 1,
             server_header=False,
             forwarded_allow_ips="127.0.0.1",  # and nobody from the environment: being local may stand for a token
         )
