@@ -20,6 +20,7 @@ from billing_tailer.backfill_cli import backfill
 from billing_tailer.checks import run_checks
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, TailerError
 from billing_tailer.files import LogFiles
+from billing_tailer.healthcheck import ask
 from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.letters_cli import discard, retry
@@ -81,6 +82,20 @@ def check(as_json: AsJson = False) -> None:
             if word != "ok  ":
                 print(f"     -> {finding.hint}")
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@cli.command()
+def healthcheck(as_json: AsJson = False) -> None:
+    """Ask the daemon at HTTP_HOST:HTTP_PORT whether it lives; exit code 1 if it does not. Never asks Postgres."""
+    settings = load()
+    if settings.http_port == 0:
+        raise ConfigError("BILLING_TAILER_HTTP_PORT = 0 lets the system choose", "give the daemon a port of its own")
+    answer = asdict(ask(settings.http_host, settings.http_port))
+    if as_json:
+        print(json.dumps(answer))
+    else:
+        print_pairs(answer)
+    raise typer.Exit(0 if answer["alive"] else 1)
 
 
 @cli.command()
