@@ -24,7 +24,8 @@ login() { # ROLE SECRET
     ROLE=$1 PASSWORD=$(password_in "$2") as_superuser postgres <<'SQL'
 \getenv role ROLE
 \getenv password PASSWORD
-select format('create role %I', :'role') where not exists (select from pg_roles where rolname = :'role') \gexec
+select format('create role %I', :'role')
+    where not exists (select from pg_roles where rolname = :'role') \gexec
 alter role :"role" with login password :'password';
 SQL
 }
@@ -33,7 +34,8 @@ own_database() { # NAME OWNER
     NAME=$1 OWNER=$2 as_superuser postgres <<'SQL'
 \getenv name NAME
 \getenv owner OWNER
-select format('create database %I', :'name') where not exists (select from pg_database where datname = :'name') \gexec
+select format('create database %I template template0 encoding ''UTF8''', :'name')
+    where not exists (select from pg_database where datname = :'name') \gexec
 alter database :"name" owner to :"owner";
 revoke all on database :"name" from public;
 SQL
