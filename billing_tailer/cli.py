@@ -17,6 +17,7 @@ from billing_tailer.printing import complain, print_json, print_line
 
 ROOMS = {
     "run": "run_cli",
+    "healthcheck": "healthcheck_cli",
     "check": "state_cli",
     "migrate": "state_cli",
     "status": "state_cli",

@@ -32,7 +32,7 @@ from tests.support.spendlines import payload, spool_line
 
 FUNCTION_LINES_MAX = 69
 DOCUMENTS = [*FILES, "CHANGELOG.md", "SECURITY.md", "docs/security.md"]
-SUFFIXES = "py|md|sql|toml|conf|template"
+SUFFIXES = "py|md|sql|toml|conf|template|sh"
 LITELLMS = frozenset(
     {
         "GENERIC_LOGGER_ENDPOINT",
@@ -219,9 +219,9 @@ def test_commands_that_are_named_exist() -> None:
 
 
 def test_make_targets_that_are_named_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", text_of("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE))
     named = {
-        t for name in DOCUMENTS for code in code_of(text_of(name)) for t in re.findall(r"^(?:\$ )?make (\w+)", code)
+        t for name in DOCUMENTS for code in code_of(text_of(name)) for t in re.findall(r"^(?:\$ )?make ([\w-]+)", code)
     }
     assert {"run", "test"} <= named <= targets
 
@@ -231,6 +231,7 @@ def test_variables_that_are_named_exist() -> None:
     known = {variable.name for variable in describe()}
     known |= {f"{name}_FILE" for name in known} | set(LIBPQ_NAMES) | LITELLMS | {"NO_COLOR"}
     known |= set(re.findall(r"TORTURE_[A-Z]+", text_of("tests/torture/__main__.py")))
+    known |= set(re.findall(r"\$\{(\w+)", text_of("compose.yml")))
     wrong = {
         word
         for name in DOCUMENTS
@@ -271,7 +272,7 @@ def test_columns_and_log_events_that_are_named_exist() -> None:
         code
         for name in DOCUMENTS
         for code in re.findall(r"`([a-z_]+\.[a-z_]+)`", text_of(name))
-        if not re.search(rf"\.(?:{SUFFIXES})$", code)
+        if not re.search(rf"\.(?:{SUFFIXES}|ya?ml)$", code)
     }
     assert named - columns - strings == set()
 

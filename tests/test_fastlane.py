@@ -1,9 +1,6 @@
 """The fast lane is the long way, only faster: every line has the same outcome and the same row on both."""
 
 import json
-from collections.abc import Callable
-from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +10,14 @@ from hypothesis import strategies as st
 
 from billing_tailer import audit, fastlane
 from billing_tailer.model import FactRow, Rejected, Skip, UsageFact
-from billing_tailer.rows import COLUMNS, row_of, values_of
+from billing_tailer.rows import row_of
 from billing_tailer.settings import LLM_ROUTES
+from tests.support.factrows import fact_of, waiting_of
 from tests.support.loglines import line
 
 LLM_PATH = audit.routes(LLM_ROUTES)
 RECORDED = (Path(__file__).parent / "data/audit.jsonl").read_bytes().splitlines()
 FIELDS: dict[str, str] = json.loads(line(1))
-
-
-def _decimal(text: str) -> Decimal:
-    return Decimal(text)
-
-
-READ: dict[str, Callable[[str], Any]] = {
-    "id_echoed": "t".__eq__,
-    "attempt": int,
-    "status": int,
-    "request_completed": "t".__eq__,
-    "header_cost_usd": _decimal,
-    "request_seconds": _decimal,
-    "occurred_at": datetime.fromisoformat,
-    "line_sha256": lambda text: bytes.fromhex(text.removeprefix("\\x")),
-}
-
-
-def fact_of(row: FactRow) -> UsageFact:
-    """The fact that a row's text says."""
-    pairs = zip(COLUMNS, values_of(row.text), strict=True)
-    values: dict[str, Any] = {name: None if text is None else READ.get(name, str)(text) for name, text in pairs}
-    return UsageFact(**values)
-
-
-def waiting_of(row: FactRow) -> tuple[str | None, datetime]:
-    """The entry in the work list: the call's id and its start."""
-    call_id, started_at = values_of(row.waiting)
-    return call_id, datetime.fromisoformat(str(started_at))
 
 
 class Parser:

@@ -23,13 +23,15 @@ import pytest
 from hypothesis import note
 from hypothesis import strategies as st
 
-from billing_tailer import audit, plan
+from billing_tailer import audit, fastlane, plan
 from billing_tailer.files import Chunk
-from billing_tailer.model import FileState, Outcome, Position, Rejected, Skip, SpendRecord, UsageFact
+from billing_tailer.model import FactRow, FileState, Outcome, Position, Rejected, Skip, SpendRecord, UsageFact
 from billing_tailer.plan import FileWork, Parse
+from billing_tailer.rows import row_of
 from billing_tailer.settings import LLM_ROUTES
 from billing_tailer.spend import KEY_BYTES_MAX, TOKENS_MAX, parse_row, parse_spool_line
 from tests.support.callbacks import DATA, SAMPLES
+from tests.support.factrows import fact_of
 from tests.support.follow import following
 from tests.support.fuzzing import SECONDS, Mutator, fuzz, seeds
 from tests.support.loglines import RECORDED, line
@@ -42,13 +44,21 @@ KEPT_MAX = 1500
 """So many examples are committed at the end."""
 FOREVER = Position(1, "/x", 1, 1, 1, None, b"", 0, hashlib.sha256().digest(), 0, 0, FileState.LIVE)
 
-audit_line: Parse = partial(audit.parse, llm_path=audit.routes(LLM_ROUTES))
+LLM_PATH = audit.routes(LLM_ROUTES)
+fast_line = fastlane.parser(LLM_PATH)
 spool_line: Parse = partial(parse_spool_line, cost_max=COST_MAX)
 
 LINES = [*RECORDED.read_bytes().splitlines(), *(DATA / "litellm/audit.jsonl").read_bytes().splitlines()]
 FIELDS = sorted({name for text in LINES for name in json.loads(text)} | {"ts", "requested_model"})
 RECORDS = [orjson.dumps({"received_at": 1795307913.0, "payload": sample}) for sample in SAMPLES]
 RECORDS.append(b'{"received_at":1.5,"rejected":{"reason":"too_long","detail":"more","sha256":"ab","bytes":5}}')
+
+
+def audit_line(text: bytes) -> FactRow | Skip | Rejected:
+    """Both ways of a line, which agree."""
+    found, expected = fast_line(text), audit.parse(text, LLM_PATH)
+    assert (fact_of(found) if isinstance(found, FactRow) else found) == expected
+    return found
 
 
 def audit_text(mutator: Mutator) -> bytes:
@@ -157,16 +167,17 @@ def assert_reads_back(fact: UsageFact) -> None:
     """What a fact says, written down, is read as the same fact."""
     if fact.path is not None and len(fact.path) == audit.TEXT_CHARS_MAX:
         return  # cut: what is left need not be a route
-    again = audit_line(written(fact))
+    again = audit.parse(written(fact), LLM_PATH)
     assert isinstance(again, UsageFact), again
     assert again._replace(line_sha256=None) == fact._replace(line_sha256=None)
 
 
 def looked_at(outcome: object) -> None:
     """Exactly one of the outcomes there are, and all its values can be stored."""
-    if type(outcome) is UsageFact:
-        assert_fact(outcome)
-        assert_reads_back(outcome)
+    if type(outcome) is FactRow:
+        fact = fact_of(outcome)
+        assert_fact(fact)
+        assert_reads_back(fact)
     elif type(outcome) is SpendRecord:
         assert_record(outcome)
     elif type(outcome) is Rejected:
@@ -299,9 +310,9 @@ def test_rows_of_spend_logs() -> None:
 
 def test_the_checks_can_fail() -> None:
     """What they are to notice, they notice."""
-    fact = audit_line(line(1)[:-1])
+    fact = audit.parse(line(1)[:-1], LLM_PATH)
     assert isinstance(fact, UsageFact)
-    looked_at(fact)
+    looked_at(row_of(fact))
     wrong = (
         {"run_id": "a\0"},
         {"graph_id": "\ud800"},
@@ -314,7 +325,7 @@ def test_the_checks_can_fail() -> None:
     )
     for changes in wrong:
         with pytest.raises((AssertionError, UnicodeEncodeError)):
-            looked_at(fact._replace(**changes))
+            assert_fact(fact._replace(**changes))
     content = line(1) + line(2)
     works = taken(content, audit_line, 1)
     assert_tiles(content, works)

@@ -19,9 +19,9 @@ import httpx
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
-from typer.main import get_command
 
-from billing_tailer import checks, cli
+from billing_tailer import cli, state_cli
+from tests import docs_tables
 from tests.support.callbacks import PATH, dumps, event
 from tests.support.daemon import Daemon
 from tests.support.loglines import lines
@@ -260,15 +260,6 @@ ARGUMENTS: dict[str, list[str]] = {
 """What verbs need beside their name."""
 
 
-def verbs(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every verb of the program."""
-    if hasattr(command, "commands"):
-        for name, inner in command.commands.items():
-            yield from verbs(inner, (*words, name))
-    elif words != ("run",):
-        yield words
-
-
 TROUBLES: dict[str, dict[str, str]] = {
     "nothing": {},
     "nobody listens": {"host": "127.0.0.1", "port": "1"},
@@ -285,7 +276,7 @@ def test_every_verb(invoke: Invoke, dsn: str, volume: Path, litellm: str, troubl
     owner = make_conninfo(with_password(dsn, "MIGRATE_DATABASE_URL"), **TROUBLES[trouble])
     variables = environment(volume, litellm, DATABASE_URL=broken, MIGRATE_DATABASE_URL=owner)
     tried = 0
-    for words in verbs(get_command(cli.cli)):
+    for words in (name.split() for name, _ in docs_tables.commands() if name != "run"):
         if trouble != "nothing" and words[-1] not in CONNECTING:
             continue
         arguments = [part.format(volume=volume) for part in ARGUMENTS.get(words[-1], [])]
@@ -303,12 +294,11 @@ def test_a_defect_of_ours(
 ) -> None:
     """A traceback shows code, never the values of variables."""
 
-    def defect(settings: Any, dsn: str) -> Any:
+    def defect(settings: Any) -> Any:
         key = settings.litellm_api_key.get_secret_value()
         raise RuntimeError("a defect") from ValueError(len(key))
 
-    monkeypatch.setattr(cli, "run_checks", defect)
-    assert checks.run_checks is not defect
+    monkeypatch.setattr(state_cli, "run_checks", defect)
     code, told = invoke(environment(volume, litellm, DATABASE_URL=with_password(dsn)), "check")
     assert code == 1
     assert "a defect" in told

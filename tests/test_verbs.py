@@ -43,6 +43,7 @@ def cases(volume: Path) -> dict[str, Case]:
     no_reason = ("--reason", " ")
     return {
         "version": Case((), "version"),
+        "healthcheck": Case((), "alive url seconds_since_tick reason"),
         "check": Case((), "ok topic message hint warning"),
         "status": Case(
             (),
