@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from billing_tailer.resets import plan_reset
+from billing_tailer.resets import OrderedReset, plan_reset
 from billing_tailer.settings import OffsetReset
 from tests.support.follow import Rig, following
 from tests.support.loglines import line, lines
@@ -50,6 +50,18 @@ def test_gaps_of_operators_are_counted(dsn: str, log: Path) -> None:
         )
         rig.tailer._look_what_operators_did()
         assert gaps(rig, "skipped") == (0, 0)
+
+
+def test_a_reset_at_the_start_is_counted(dsn: str, log: Path) -> None:
+    """OFFSET_RESET is applied between the two times that a new owner reads the positions."""
+    log.write_bytes(lines(0, 10))
+    with following(dsn, log.parent) as rig:
+        log.write_bytes(lines(0, 20))
+        rig.events._gaps_known = None  # as it is in a new process
+        rig.tailer._load()
+        OrderedReset(OffsetReset(str(log), "end"), "1", rig.ledger, rig.files, rig.events, rig.health).apply()
+        rig.tailer._load()
+        assert gaps(rig, "skipped") == (1, 1)
 
 
 def test_a_start_at_the_end_is_counted(dsn: str, log: Path) -> None:
