@@ -141,6 +141,7 @@ def run(settings: Settings) -> int:
     # log files that are held open and clients that wait share the limit, of which the soft part is often 1024
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
     events, health = Events(), Health()
+    events.of_source(settings.source_id)
     events.info("starting", version=__version__, settings=effective(settings))
     LogFiles(settings.audit_globs, settings.open_files_max).require_mounts()
     spool = _spool(settings, events)
@@ -204,6 +205,7 @@ def _api_token(settings: Settings) -> str | None:
 def _callback_routes(settings: Settings, spool: Spool | None, events: Events) -> list[BaseRoute]:
     if spool is None:
         return []
+    events.expect_callbacks()
     token = None if settings.callback_token is None else settings.callback_token.get_secret_value()
     return [*callback_routes(token, spool, slim, settings.callback_bytes_max, events.callback)]
 

@@ -6,7 +6,7 @@ Metric names, their labels and their meaning stand in README's table, which a te
 import logging
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -28,6 +28,7 @@ from billing_tailer.model import (
     ExceptionKind,
     FileState,
     Gap,
+    GapReason,
     Outcome,
     Plan,
     Position,
@@ -39,6 +40,10 @@ from billing_tailer.settle import Decision
 FILE_LABELS_MAX = 50
 """Files with a label of their own; the others are summed under `_other`."""
 OTHER = "_other"
+CALLBACK_CODES = (200, 400, 401, 408, 413, 415, 499, 500, 503)
+"""What the callback endpoint answers."""
+GAPS_OF_OPERATORS = (GapReason.START_AT, GapReason.SKIPPED, GapReason.ACCEPTED)
+"""Bytes that somebody wanted left out: the loop finds them in Postgres, it does not declare them."""
 LETTERS_LOGGED_MAX = 20
 """Dead letters of one batch with a line of their own in the log; all of them are counted, and listed by the verb."""
 
@@ -81,14 +86,13 @@ class Events:
         self._offset = gauge("committed_offset_bytes", "Committed offset of a log file", "file")
         self._size = gauge("file_size_bytes", "Size of a log file", "file")
         self._oldest = gauge(
-            "oldest_uncommitted_timestamp_seconds", "Since when there are uncommitted bytes; NaN if there are none"
+            "oldest_uncommitted_timestamp_seconds",
+            "Since when the oldest uncommitted bytes have been seen; NaN if there are none",
         )
         self._last_commit = gauge("last_commit_timestamp_seconds", "Time of the last commit")
         self._lines = counter("lines_total", "Committed lines by outcome", "outcome")
         self._letters_open = gauge("dead_letters_open", "Dead letters nobody has decided yet, counted up to 10000")
         self._letters = counter("dead_letters_total", "Dead letters by reason", "reason")
-        self._gap_bytes = counter("gap_bytes_total", "Bytes declared as not read, where it is known how many")
-        self._gaps = counter("gaps_total", "Declared gaps by reason", "reason")
         self._seconds = Histogram(
             "billing_tailer_commit_duration_seconds",
             "Duration of a commit",
@@ -129,11 +133,30 @@ class Events:
             "reconcile_last_success_timestamp_seconds", "Time of the last complete poll of LiteLLM's spend logs"
         )
         self._poll_failures = counter("reconcile_failures_total", "Polls of LiteLLM's spend logs that failed")
-        self._files = gauge("files", "Generations of files by state", "state")
-        self._active = gauge("active", "1 while this process is the one that commits, 0 on standby")
         Info("billing_tailer_build", "Version of the program", registry=registry).info({"version": __version__})
+        self._of_files(gauge, counter)
+        self._of_the_process(gauge)
         self._labelled: set[str] = set()
+        self._gaps_known: Mapping[GapReason, tuple[int, int]] | None = None
         self._zero_series()
+
+    def _of_files(self, gauge: Callable[..., Gauge], counter: Callable[..., Counter]) -> None:
+        """What becomes of files as a whole."""
+        self._files = gauge("files", "Generations of files by state", "state")
+        self._gap_bytes = counter(
+            "gap_bytes_total", "Bytes declared as not read, by the daemon or by an operator, where it is known how many"
+        )
+        self._gaps = counter("gaps_total", "Declared gaps by reason", "reason")
+        self._gaps_recorded = gauge(
+            "gaps_recorded", "Gaps of the source that stand in `log_gaps`, counted up to 10000", "reason"
+        )
+
+    def _of_the_process(self, gauge: Callable[..., Gauge]) -> None:
+        """What this process is, and how it is."""
+        self._active = gauge("active", "1 while this process is the one that commits, 0 on standby")
+        self._source = gauge("source_info", "1, with the SOURCE_ID of this process", "source_id")
+        self._turned = gauge("last_turn_timestamp_seconds", "Time of the last turn of the loop, which /livez asks for")
+        self._unready = gauge("unready_reasons", "Reasons that /readyz gives for not being ready, by topic", "topic")
 
     def _zero_series(self) -> None:
         """Series that exist from the start, so that a first increase can be seen by rate()."""
@@ -143,6 +166,9 @@ class Events:
             self._letters.labels(reason)
         for state in FileState:
             self._files.labels(state)
+        for gap_reason in GapReason:
+            self._gaps.labels(gap_reason)
+        self._failures.labels("connection")  # the others are Postgres' names of what went wrong
         for source in ("env", "cli"):
             self._resets.labels(source)
         for kind in ExceptionKind:
@@ -151,6 +177,21 @@ class Events:
             self._records.labels(spend_source)
         for since in (self._oldest_pending, self._oldest, self._capture):
             since.set(math.nan)
+
+    def of_source(self, source_id: str) -> None:
+        """Which source this process follows, or stands by for."""
+        self._source.labels(source_id).set(1)
+
+    def expect_callbacks(self) -> None:
+        """There is an endpoint for callbacks: that none come can be seen only where their series exist."""
+        for code in CALLBACK_CODES:
+            self._callbacks.labels(str(code))
+
+    def health(self, turned_at: float, reasons: Mapping[str, int]) -> None:
+        """What /livez and /readyz would say now. turned_at: seconds of the epoch; reasons: how many, by topic."""
+        self._turned.set(turned_at)
+        for topic, count in reasons.items():
+            self._unready.labels(topic).set(count)
 
     def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -283,6 +324,18 @@ class Events:
             end=gap.end_offset,
             reason=gap.reason,
         )
+
+    def gaps_recorded(self, gaps: Mapping[GapReason, tuple[int, int]]) -> None:
+        """How many gaps stand in Postgres and how many bytes they have, by reason. What operators have added since
+        the last time is counted as declared."""
+        for reason in GapReason:
+            self._gaps_recorded.labels(reason).set(gaps.get(reason, (0, 0))[0])
+        for reason in GAPS_OF_OPERATORS if self._gaps_known is not None else ():
+            count, size = gaps.get(reason, (0, 0))
+            count_before, size_before = (self._gaps_known or {}).get(reason, (0, 0))
+            self._gaps.labels(reason).inc(max(0, count - count_before))
+            self._gap_bytes.inc(max(0, size - size_before))
+        self._gaps_known = gaps
 
     def reset(self, source: str, **fields: Any) -> None:
         """An operator moved an offset."""

@@ -64,7 +64,7 @@ class Follower:
         self._at_leisure = 0.0
         self._gone: dict[tuple[int, int], _Gone] = {}
         self._replaced: dict[tuple[int, int], int] = {}
-        self._unread_since: dict[int, float] = {}
+        self._unread: dict[int, tuple[int, float]] = {}
         self._unreadable: list[str] = []
         self.registered = False
         """The last scan gave new files their ids; the next one, at once, will have them read."""
@@ -227,7 +227,8 @@ class Follower:
 
     def _apply(self, matching: Matching, final: Collection[int], *, complete: bool) -> bool:
         """Commit what the matching changes; True if files were registered."""
-        after = [_placed(position, matching, final, complete=complete) for position in self.positions.values()]
+        placed = (_placed(position, matching, final, complete=complete) for position in self.positions.values())
+        after = [self._without_empty_spool(position) for position in placed]
         updated = tuple(p for p in after if p != self.positions[p.file_id])
         new = self._new_files(matching.new)
         gaps = tuple(gap for gap in matching.ended.values() if gap is not None)
@@ -244,6 +245,12 @@ class Follower:
                 self.positions[position.file_id] = position
                 self._events.info("file.new", **_described(position))
         return bool(new)
+
+    def _without_empty_spool(self, position: Position) -> Position:
+        """A daemon that ends removes its spool file if nobody posted: nothing is missing."""
+        if position.state is FileState.MISSING and position.size_seen == 0 and self._is_spool(position.path):
+            return replace(position, state=FileState.FINAL)
+        return position
 
     def _new_files(self, seen: Sequence[SeenFile]) -> tuple[NewFile, ...]:
         """The generations to register; a file that cannot be opened is tried again at the next scan."""
@@ -358,14 +365,15 @@ class Follower:
             offset = 0 if position is None else position.committed_offset
             size = max(file.size, offset if position is None else position.size_seen)
             unread = size > offset
-            if unread:
-                self._unread_since.setdefault(file_id, now)
-            else:
-                self._unread_since.pop(file_id, None)
+            # of a log that never rests there is always something unread: what counts is how old that is
+            if unread and self._unread.get(file_id, (0, now))[0] <= offset:
+                self._unread[file_id] = (size, now)
+            elif not unread:
+                self._unread.pop(file_id, None)
             if unread or (file.listed and not file.compressed):
                 rows[file_id] = (file.path, offset, size)
-        self._unread_since = {key: since for key, since in self._unread_since.items() if key in rows}
-        self._events.oldest_uncommitted(min(self._unread_since.values(), default=None))
+        self._unread = {key: seen for key, seen in self._unread.items() if key in rows}
+        self._events.oldest_uncommitted(min((since for _, since in self._unread.values()), default=None))
         self._events.files(self.positions, rows)
 
     def _see_without_ledger(self, *, hold: bool) -> None:

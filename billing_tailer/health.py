@@ -32,7 +32,13 @@ class Health:
         """Replace what is wrong about a topic; no reasons: nothing is."""
         with self._lock:
             self._reasons[topic] = list(reasons)
-            self._reasons.pop("starting", None) if topic == "files" else None
+            if topic == "files":
+                self._reasons["starting"] = []
+
+    def counts(self) -> dict[str, int]:
+        """How many reasons there are, by topic, also of topics without trouble."""
+        with self._lock:
+            return {topic: len(reasons) for topic, reasons in self._reasons.items()}
 
     def reasons(self) -> dict[str, list[str]]:
         """What is wrong, by topic; topics without trouble are left out."""

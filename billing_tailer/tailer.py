@@ -134,6 +134,7 @@ class Tailer:
 
     def _load(self) -> None:
         self._last_reset = self._ledger.newest_reset()
+        self._events.gaps_recorded(self._ledger.gap_counts())
         self._follower.load()
         self._reader.forget()
         self._ahead = None
@@ -184,6 +185,7 @@ class Tailer:
 
     def _look_what_operators_did(self) -> None:
         self._events.dead_letters_open(self._ledger.open_dead_letters())
+        self._events.gaps_recorded(self._ledger.gap_counts())
         if self._ledger.newest_reset() != self._last_reset:
             self._events.reset("cli", message="an operator moved an offset; the positions are read again")
             self._load()

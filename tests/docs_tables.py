@@ -48,7 +48,15 @@ from tests.scenarios.inventory import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "billing_tailer"
-FILES = ("README.md", "docs/containers.md", "docs/integrating.md", "docs/operating.md", "docs/scenarios.md")
+FILES = (
+    "README.md",
+    "deploy/runbook.md",
+    "docs/containers.md",
+    "docs/growing.md",
+    "docs/integrating.md",
+    "docs/operating.md",
+    "docs/scenarios.md",
+)
 LOG_FORMAT = "deploy/nginx/audit.conf.template"
 RUN_CLIENT = "tests/support/run_client.py"
 NOT_YET = "not written by this version"

@@ -4,6 +4,7 @@ import contextlib
 import math
 import re
 import socket
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -26,8 +27,10 @@ UNITLESS = {
     "billing_tailer_pending_calls",
     "billing_tailer_call_exceptions_open",
     "billing_tailer_spool_alarm",
+    "billing_tailer_gaps_recorded",
+    "billing_tailer_unready_reasons",
 }
-LABELS_ALLOWED = {"file", "outcome", "reason", "source", "state", "version", "le", "kind", "code"}
+LABELS_ALLOWED = {"file", "outcome", "reason", "source", "state", "version", "le", "kind", "code", "source_id", "topic"}
 
 
 @pytest.fixture
@@ -146,6 +149,22 @@ def test_addresses(events: Events, health: Health, host: str) -> None:
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_say_what_the_health_checks_say(client: httpx.Client, health: Health) -> None:
+    """A loop that hangs cannot say so itself, and what is not ready is worth an alarm."""
+    health.tick()
+    turned = value(client, "billing_tailer_last_turn_timestamp_seconds")
+    assert turned == pytest.approx(time.time(), abs=1)
+    assert value(client, "billing_tailer_unready_reasons", topic="starting") == 1
+    health.say("files", ["/billing: cannot list", "/billing/b: cannot be read"])
+    assert value(client, "billing_tailer_unready_reasons", topic="starting") == 0
+    assert value(client, "billing_tailer_unready_reasons", topic="files") == 2
+    health.say("files", [])
+    assert value(client, "billing_tailer_unready_reasons", topic="files") == 0
+    assert client.get("/readyz").status_code == 200
+    time.sleep(0.05)
+    assert value(client, "billing_tailer_last_turn_timestamp_seconds") == pytest.approx(turned, abs=0.04)
 
 
 def test_metrics_by_prometheus_own_rules(client: httpx.Client) -> None:

@@ -68,6 +68,7 @@ OTHER_VOLUME_SECONDS = 3.0
 """So long the volume may show none of the recorded files before it is taken for another one."""
 WAIT_SECONDS_MAX = 1.0
 LETTERS_COUNTED_MAX = 10_000
+GAPS_COUNTED_MAX = 10_000
 DEADLOCK_ATTEMPTS = 5
 COPY_ROWS = 500
 """So many rows are handed to COPY at a time: a quarter of a megabyte."""
@@ -340,6 +341,13 @@ class Ledger:
             row = self._session.execute(query("open_dead_letters"), values).fetchone()
         assert row is not None
         return int(row[0])
+
+    def gap_counts(self) -> dict[GapReason, tuple[int, int]]:
+        """Gaps of the source by reason: how many, and their bytes where these are known. Up to GAPS_COUNTED_MAX."""
+        values = {"source_id": self.source_id, "count_max": GAPS_COUNTED_MAX}
+        with wrapped():
+            found = self._session.execute(query("gap_counts"), values).fetchall()
+        return {GapReason(reason): (count, size) for reason, count, size in found}
 
     def reset(self, reset: Reset) -> None:
         """Apply an operator's reset. Raises PositionMoved."""

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import uvicorn
@@ -101,6 +102,7 @@ def application(events: Events, health: Health, routes: Sequence[BaseRoute] = ()
         return JSONResponse({"ready": ready, "reasons": reasons, "version": __version__}, 200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
+        events.health(time.time() - health.seconds_since_tick(), health.counts())
         return Response(events.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     own = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", metrics)]

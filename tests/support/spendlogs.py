@@ -32,8 +32,8 @@ def row(event: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def spend_logs(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The base URL of a server that knows these rows."""
+def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0) -> Iterator[str]:
+    """The base URL of a server that knows these rows. port: 0 is a free one."""
     ordered = sorted(rows, key=lambda one: str(one["startTime"]))
 
     class Handler(BaseHTTPRequestHandler):
@@ -65,7 +65,7 @@ def spend_logs(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Quiet."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

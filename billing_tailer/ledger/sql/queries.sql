@@ -204,6 +204,13 @@ select count(*) from (
     where f.source_id in (%(source_id)s, %(source_id)s || '.backfill') and d.resolved_at is null limit %(count_max)s
 ) letters
 
+-- name: gap_counts
+-- Asked as often.
+select reason, count(*), coalesce(sum(end_offset - start_offset), 0)::bigint from (
+    select g.reason, g.start_offset, g.end_offset from log_gaps g join tail_files f using (file_id)
+    where f.source_id = %(source_id)s limit %(count_max)s
+) gaps group by reason
+
 -- name: totals
 with source as (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
 select (select count(*) from source join usage_facts using (file_id)) as facts,
