@@ -19,6 +19,7 @@ from billing_tailer import app as daemon
 from billing_tailer.backfill_cli import backfill
 from billing_tailer.checks import run_checks
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, TailerError
+from billing_tailer.export_cli import export
 from billing_tailer.files import LogFiles
 from billing_tailer.ledger import Reports, Reset, reason_of, reports
 from billing_tailer.ledger import migrate as migrate_schema
@@ -41,6 +42,7 @@ cli.add_typer(offsets, name="offsets")
 cli.add_typer(dead_letters, name="dead-letters")
 cli.add_typer(proof)
 cli.command("backfill")(backfill)
+cli.command("export")(export)
 cli.add_typer(money)
 
 

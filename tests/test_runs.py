@@ -529,8 +529,8 @@ def test_the_connections_cannot_write(api: Bench) -> None:
         connection.execute("delete from usage_facts")
 
     with pytest.raises(Exception, match="read-only"):
-        api.reads._submit(write).result(10)
-    timeout = api.reads._submit(lambda connection: connection.execute("show statement_timeout").fetchone())
+        api.reads.submit(write).result(10)
+    timeout = api.reads.submit(lambda connection: connection.execute("show statement_timeout").fetchone())
     assert timeout.result(10) == ("5s",)
 
 
