@@ -36,7 +36,7 @@ class Site:
         with (self.volume / "audit.jsonl").open("ab") as log:
             log.write(b"".join(line(number, **changes) for number in numbers))
 
-    def spend(self, *numbers: int, cost: float | None = 0.000225, **changes: Any) -> None:
+    def spend(self, *numbers: int, cost: Any = 0.000225, **changes: Any) -> None:
         """LiteLLM's callbacks of calls."""
         with (self.volume / "callbacks-test.jsonl").open("ab") as spool:
             spool.write(b"".join(spool_line(payload(number, cost, **changes)) for number in numbers))
@@ -49,7 +49,10 @@ class Site:
 
     def get(self, path: str, status: int = 200, **headers: str | bytes) -> httpx.Response:
         """An answer with that status."""
-        answer = self.client.get(path, headers=list(headers.items()))
+        given = {
+            name.encode(): value if isinstance(value, bytes) else value.encode() for name, value in headers.items()
+        }
+        answer = self.client.get(path, headers=given)
         assert answer.status_code == status, f"{answer.status_code} {answer.text[:2000]}"
         return answer
 
