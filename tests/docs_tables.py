@@ -50,7 +50,7 @@ from tests.scenarios.inventory import SCENARIOS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "billing_tailer"
-FILES = ("README.md", "docs/integrating.md", "docs/operating.md", "docs/scenarios.md")
+FILES = ("README.md", "docs/activity.md", "docs/integrating.md", "docs/operating.md", "docs/scenarios.md")
 LOG_FORMAT = "deploy/nginx/audit.conf.template"
 RUN_CLIENT = "tests/support/run_client.py"
 NOT_YET = "not written by this version"

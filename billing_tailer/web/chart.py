@@ -7,7 +7,7 @@ HTML. Shown to the eye only; the table below it says the same in numbers.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from decimal import ROUND_CEILING, Decimal
+from decimal import Decimal
 
 from billing_tailer import pricing
 from billing_tailer.activity import Summary
@@ -19,6 +19,8 @@ BAR = 16
 NAMED_MAX = 5
 """So many models have a colour of their own."""
 REST = "other models"
+STEPS = tuple(map(Decimal, ("1", "1.2", "1.6", "2", "2.4", "3", "4", "5", "6", "8", "10")))
+"""Upper edges that halve well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,6 @@ def _scaled(cost: Decimal, top: Decimal) -> int:
 
 
 def _round_up(cost: Decimal) -> Decimal:
-    """The next 1, 2, 2.5 or 5 times a power of ten."""
+    """To the next of the STEPS times a power of ten."""
     power = Decimal(1).scaleb(cost.adjusted())
-    for step in (Decimal(1), Decimal(2), Decimal("2.5"), Decimal(5), Decimal(10)):
-        if cost <= step * power:
-            return step * power
-    return (cost / power).quantize(Decimal(1), ROUND_CEILING) * power
+    return next(step * power for step in STEPS if cost <= step * power)

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
-from billing_tailer import activity, exporting
+from billing_tailer import activity, exporting, pricing
 from billing_tailer.activity import BadValue, Range
 from billing_tailer.errors import TailerError, TooMuch
 from billing_tailer.events import Events
@@ -252,7 +252,10 @@ class _Pages:
             found = await placed_line(told.fact, files_)
             line = RawLine(found["raw"], found["raw_missing"])
         answer = explained(call_id, told, line, how.rules)
-        return page("call.html", **self._common(progress), call=answer, exceptions=told.exceptions)
+        costs = [row["delta_cost_usd"] for row in told.adjustments]
+        costs += [] if told.receipt is None else [told.receipt["provider_cost_usd"]]
+        words = {"call": answer, "exceptions": told.exceptions, "total_cost_usd": pricing.total(costs)}
+        return page("call.html", **self._common(progress), **words)
 
     # --- what needs a decision
 

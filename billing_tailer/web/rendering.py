@@ -83,6 +83,11 @@ def usd_short(value: Decimal) -> str:
     return f"{value.quantize(Decimal(1).scaleb(-places), ROUND_HALF_EVEN):,f}"
 
 
+def axis(value: Decimal) -> str:
+    """A round amount beside a chart, as short as it is: 0.5"""
+    return f"{value.normalize():,f}"
+
+
 def percent(value: Decimal | None) -> str:
     """A rate such as 0.998123 as 99.8123 %: a rate has six decimals."""
     return ABSENT if value is None else f"{value * 100:.4f} %"
@@ -161,7 +166,7 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {one.__name__: one for one in (number, usd, usd_short, percent, instant, duration)}
+_ENVIRONMENT.filters |= {one.__name__: one for one in (number, axis, usd, usd_short, percent, instant, duration)}
 _ENVIRONMENT.globals |= {one.__name__: one for one in (link, call_link, decimals, share, change, points, clock, tick)}
 _ENVIRONMENT.globals |= {
     "exception_commands": commands.exception_commands,
