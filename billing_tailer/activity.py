@@ -187,13 +187,18 @@ def _added_up(activity: Activity, one: Range, chosen: Chosen, deadline: float) -
 
 
 def days(activity: Activity, end: datetime, count: int, seconds: float) -> list[dict[str, Any]]:
-    """What became of the calls of the `count` days (UTC) up to before `end`, the newest first, as `reconcile` says it
-    of our own tables. Raises TooMuch."""
+    """What became of the calls of the days (UTC) up to before `end`, the newest first, as `reconcile` says it from our
+    own tables: `count` days, or as many as there is time for. Raises TooMuch where there is not enough for one."""
     deadline = monotonic() + seconds
     found: list[dict[str, Any]] = []
     for _ in range(count):
         start = (end - timedelta(microseconds=1)).replace(hour=0, minute=0, second=0, microsecond=0)
-        counts = activity.counts(start, end, None, deadline - monotonic())
+        try:
+            counts = activity.counts(start, end, None, deadline - monotonic())
+        except TooMuch:
+            if not found:
+                raise
+            return found
         captured = reconcile.rate(counts["settled"] + counts["not_charged"], counts["billable"])
         found.append({"from": start, "to": end, **counts, "capture_rate": captured})
         end = start

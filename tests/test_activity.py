@@ -391,6 +391,23 @@ def test_days(page: Site, reads: Activity) -> None:
     assert (second["to"], second["billable"], second["capture_rate"]) == (START, 0, None)
 
 
+def test_as_many_days_as_there_is_time_for(page: Site, reads: Activity, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.bill(1)
+    real, asked = Activity.counts, []
+
+    def slow(self: Activity, *arguments: Any) -> Any:
+        asked.append(arguments)
+        if len(asked) == 3:
+            raise TooMuch("too long")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Activity, "counts", slow)
+    assert [day["to"] for day in numbers.days(reads, END, 9, 10)] == [END, START]
+    asked += [(), ()]
+    with pytest.raises(TooMuch):
+        numbers.days(reads, END, 9, -1)
+
+
 # --- plans
 
 

@@ -278,6 +278,13 @@ def test_paging(page: Site) -> None:
     assert found == [f"call-{number:08d}" for number in reversed(range(120))]
 
 
+def test_a_place_after_the_range(page: Site) -> None:
+    """Nothing of later is shown."""
+    page.bill(1)
+    assert "call-00000001" not in page.get("/?from=2026-11-20&to=2026-11-21&before=2026-12-01~x").text
+    assert "call-00000001" in page.get(f"/?{DAY}&before=2026-12-01~x").text
+
+
 def test_pages_of_exceptions_and_letters(page: Site) -> None:
     page.log(*range(120), end_user="")
     page.spend(*range(120))

@@ -367,7 +367,8 @@ def _place(given: str, chosen_range: Range) -> Place:
     if not given:
         return Place(chosen_range.end)
     time, _, call_id = given.partition("~")
-    return Place(activity.moment("before", time), call_id and identifier("before", call_id))
+    place = Place(activity.moment("before", time), call_id and identifier("before", call_id))
+    return place if place.occurred_at < chosen_range.end else Place(chosen_range.end)
 
 
 def _exception_place(given: str) -> tuple[datetime, str, str, int] | None:

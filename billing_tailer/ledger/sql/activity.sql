@@ -103,10 +103,11 @@ select (select coalesce(jsonb_object_agg(kind, n), '{}')
 -- When the oldest call ended that is not settled, of all, and of those that do not wait for a person. A call that began
 -- after the end of the one that began first cannot have ended before it: few are looked up by key.
 with stopped as materialized (
-    select distinct call_id from call_exceptions
+    select call_id from call_exceptions
     where closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict')
 ), waiting as materialized (
-    select call_id, started_at from unsettled_facts where call_id not in (select call_id from stopped)
+    select call_id, started_at from unsettled_facts u
+    where not exists (select from stopped s where s.call_id = u.call_id)
 ), first_of_all as materialized (
     select f.occurred_at from (select call_id from unsettled_facts order by started_at limit 1) u
     cross join lateral (select occurred_at from usage_facts where call_id = u.call_id offset 0) f
