@@ -249,8 +249,10 @@ class Progress:
 def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -> Progress:
     """standing: of the ledger. sight: what the loop saw of the files of our source."""
     bounds: list[datetime] = []
-    why, behind = None, 0
-    if sight is None:
+    why, behind = standing["unknown"], 0
+    if why is not None:
+        why = f"so many calls are not settled that the oldest is not found in time ({why})"
+    elif sight is None:
         why = "this process does not commit at the moment: it stands by, or Postgres is away (see /readyz)"
     elif not sight.whole:
         why = "not every log file can be seen (see /readyz)"

@@ -170,7 +170,8 @@ def test_edges_of_a_range(page: Site, reads: Activity) -> None:
     moment = rows(page.reads._dsn or "", "select min(occurred_at) as first from charge_receipts")[0]["first"]
     second = timedelta(seconds=1)
     for one, calls in ((Range(moment, moment + second), 1), (Range(moment + second, moment + 2 * second), 1)):
-        assert numbers.summary(reads, one, Chosen()).totals.calls == calls
+        totals = numbers.summary(reads, one, Chosen()).totals
+        assert (totals.calls, totals.charged.calls) == (calls, calls)
         assert [len(chunk) for chunk in numbers.receipts(reads, one, Chosen())] == [calls]
     assert numbers.summary(reads, Range(moment - second, moment), Chosen()).totals.calls == 0
 
@@ -288,6 +289,7 @@ def standing(**changes: Any) -> dict[str, Any]:
     files = [{**file, **one} for one in changes.pop("files", [{}])]
     found: dict[str, Any] = {
         "time": NOW,
+        "unknown": None,
         "unsettled_since": None,
         "waiting_since": None,
         "exceptions": {},
@@ -342,6 +344,7 @@ def test_what_is_not_known_is_not_claimed() -> None:
     for one, seen, why in (
         (standing(), None, "does not commit"),
         (standing(), sight(whole=False), "not every log file"),
+        (standing(unknown="too long"), sight(100), "not found in time (too long)"),
         (standing(files=[{"last_call_at": None, "size_seen": 150}]), sight(), ": 50 bytes are not committed"),
     ):
         found = numbers.progress(one, seen, "default")
@@ -363,6 +366,21 @@ def test_the_ledger_knows_the_oldest_unsettled_call(page: Site, reads: Activity)
     assert found["exceptions"] == {"unattributed": 1}
     [log] = [file for file in found["files"] if file["path"].endswith("audit.jsonl")]
     assert log["last_call_at"] == at + timedelta(seconds=0.5)  # of the last line
+
+
+def test_too_many_unsettled_calls(page: Site, reads: Activity, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page goes on without what cannot be found in time."""
+    real = Activity._rows
+
+    def slow(self: Activity, statement: Any, **words: Any) -> Any:
+        if statement == query("activity_unsettled"):
+            raise psycopg.errors.QueryCanceled("canceling statement due to statement timeout")
+        return real(self, statement, **words)
+
+    monkeypatch.setattr(Activity, "_rows", slow)
+    page.bill(1)
+    assert "more than 5 s" in reads.standing()["unknown"]
+    assert "Not known up to when it is billed completely" in page.get("/").text
 
 
 def test_the_loop_tells_what_it_sees(page: Site) -> None:

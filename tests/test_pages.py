@@ -5,19 +5,15 @@ import http.client
 import json
 import re
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
 import httpx
-import psycopg
 import pytest
 
-from billing_tailer.ledger import Reads
 from billing_tailer.web import rendering, sessions
 from billing_tailer.web.commands import exception_commands, shell_word
 from tests.support.proof import rows
@@ -399,32 +395,6 @@ def test_changes() -> None:
 
 
 # --- what is slow, or away
-
-
-@contextmanager
-def locked(dsn: str, table: str) -> Iterator[None]:
-    """Every look at a table waits meanwhile."""
-    with psycopg.connect(dsn) as other:
-        other.execute(f"lock table billing.{table}".encode())
-        yield
-
-
-def test_a_slow_page_delays_no_run(page: Site, dsn: str) -> None:
-    """However many pages wait for Postgres: the API has threads of its own."""
-    page.bill(1)
-    runs = Reads("billing", "default")
-    with runs.of(dsn), locked(dsn, "llm_charge_details"):
-        threads = [threading.Thread(target=lambda: page.client.get(f"/?{DAY}")) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        time.sleep(0.3)
-        begun = time.monotonic()
-        assert runs.run_status("run-1", []).result(5).calls == 1
-        assert time.monotonic() - begun < 1
-        with psycopg.connect(dsn, autocommit=True) as owner:
-            owner.execute("select pg_cancel_backend(pid) from pg_stat_activity where wait_event_type = 'Lock'")
-    for thread in threads:
-        thread.join(20)
 
 
 def test_what_takes_too_long_says_so(page: Site, monkeypatch: pytest.MonkeyPatch) -> None:

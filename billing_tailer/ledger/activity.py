@@ -216,11 +216,14 @@ class Activity:
 
     def standing(self) -> dict[str, Any]:
         """Open exceptions by kind, open dead letters (LETTERS_COUNTED_MAX: so many or more), Postgres's clock, since
-        when calls are not settled, and the files that are not finished."""
+        when calls are not settled (unknown: why that cannot be said), and the files that are not finished."""
         files = self._within_time("activity_files")  # first: what is committed by then is settled or found unsettled
-        [unsettled] = self._within_time("activity_unsettled")
+        try:
+            [unsettled] = self._within_time("activity_unsettled")
+        except TooMuch as error:  # millions of them: the rest is worth knowing all the more
+            unsettled = {"unsettled_since": None, "waiting_since": None, "unknown": error.message}
         [opened] = self._within_time("activity_open", letters_max=LETTERS_COUNTED_MAX)
-        return {**opened, **unsettled, "files": files}
+        return {"unknown": None, **opened, **unsettled, "files": files}
 
     def places_of(self, file_id: int) -> dict[int, dict[str, Any]]:
         """The file of a line, by its id, as `call` of the API has it; empty where it is not recorded any more."""

@@ -1,7 +1,7 @@
 """The pages for people, `GET /v1/activity`, and exports: what they may ask for and how it is answered.
 
 All numbers come from `billing_tailer.activity`. Long questions go to threads of their own (`reads` is not the API's),
-so that whoever waits for a run does not wait for a page (tests/test_pages.py::test_a_slow_page_delays_no_run); what
+so that whoever waits for a run does not wait for a page (tests/e2e/test_page.py::test_a_slow_page_delays_no_run); what
 takes too long says so. Whoever has no session is led to the form; programs send the bearer token.
 """
 

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 from playwright.sync_api import Browser, Page, ViewportSize, expect
 
@@ -276,3 +279,20 @@ def test_keyboard(billed: Billed, chrome: Browser) -> None:
             "model",
             "Apply",
         ]
+
+
+def test_a_slow_page_delays_no_run(billed: Billed) -> None:
+    """More pages than there are threads for wait for a locked table: the application does not."""
+    headers = {"authorization": f"Bearer {API_TOKEN}"}
+    with psycopg.connect(billed.dsn) as other:
+        other.execute("lock table billing.llm_charge_details")
+        pages = [threading.Thread(target=billed.daemon.get, args=(DAY, headers, 60)) for _ in range(4)]
+        for one in pages:
+            one.start()
+        waiting = "select from pg_stat_activity where wait_event_type = 'Lock'"
+        billed.daemon.wait_until(lambda: rows(billed.dsn, waiting), what="a page that waits")
+        begun = time.monotonic()
+        assert billed.daemon.get("/v1/runs/run-2", headers).json()["calls"] == 2
+        assert time.monotonic() - begun < 2
+    for one in pages:
+        one.join()
