@@ -34,7 +34,8 @@ LINE_AFTER = timedelta(seconds=1)
 """A line is in the log so long after its call ended, at the latest."""
 INFORMING = (ExceptionKind.NOT_CHARGED, ExceptionKind.CALL_ID_NOT_FORWARDED, ExceptionKind.MODEL_MISMATCH)
 """Exceptions that need no decision."""
-CHUNK_ROWS = 2000
+CHUNK_ROWS = 500
+"""Of an export: a row has 5 KB in memory, and the daemon is to stay small."""
 CHUNK_SECONDS = 4.0
 
 
