@@ -458,7 +458,7 @@ def test_five_hundred_wait(api: Bench) -> None:
 
     async def get(path: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()
