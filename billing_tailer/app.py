@@ -42,6 +42,7 @@ from billing_tailer.tailer import Tailer
 from billing_tailer.wake import Wake
 from billing_tailer.web import HttpServer
 from billing_tailer.web.callbacks import callback_routes
+from billing_tailer.web.pages import THREADS, WAITING_MAX, Deciding, page_routes
 from billing_tailer.web.runs import run_routes
 from billing_tailer.web.waiters import Waiters
 
@@ -148,8 +149,13 @@ def run(settings: Settings) -> int:
     files = _log_files(settings, spool)
     wake = Wake(files.concerns)
     reads = Reads(settings.db_schema, settings.source_id)
+    page_reads = Reads(settings.db_schema, settings.source_id, threads=THREADS, waiting_max=WAITING_MAX)
     waiters = Waiters(reads.run_status)
-    routes = [*_callback_routes(settings, spool, events), *run_routes(_api_token(settings), reads, waiters)]
+    routes = [
+        *_callback_routes(settings, spool, events),
+        *run_routes(_api_token(settings), reads, waiters),
+        *_page_routes(settings, page_reads, health, events),
+    ]
     http = HttpServer(settings.http_host, settings.http_port, events, health, routes)
     with Ending(wake.set, events) as ending:
         http.start()
@@ -159,6 +165,7 @@ def run(settings: Settings) -> int:
                 _spooling(spool, ending),
                 _database(settings, ending, events) as dsn,
                 reads.of(dsn),
+                page_reads.of(dsn),
                 listening(dsn, settings.db_schema, waiters.notify) as hears,
                 ending.watching("the thread that hears of operators", hears),
                 closing(waiters),
@@ -170,6 +177,11 @@ def run(settings: Settings) -> int:
             files.close()
     events.info("stopped")
     return 0
+
+
+def _page_routes(settings: Settings, reads: Reads, health: Health, events: Events) -> list[BaseRoute]:
+    how = Deciding(rules(settings), settings.failure_quiet_seconds, settings.settle_deadline_seconds)
+    return page_routes(_api_token(settings), reads, settings.db_schema, settings.source_id, how, health, events)
 
 
 def _spool(settings: Settings, events: Events) -> Spool | None:

@@ -30,6 +30,7 @@ ROOMS = {
     "receipts": "money_cli",
     "adjust": "money_cli",
     "reconcile": "money_cli",
+    "export": "export_cli",
     "prune": "money_cli",
     "exceptions": "money_cli",
 }

@@ -44,3 +44,7 @@ class PositionMoved(TailerError):
 
 class RowRejected(TailerError):
     """Postgres refused the rows of a batch for what they contain."""
+
+
+class TooMuch(TailerError):
+    """More was asked for than is read in the time that a question may take."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from billing_tailer.events import Events
 from billing_tailer.files import LogFiles, Scan, escape_path
-from billing_tailer.health import Health
+from billing_tailer.health import Health, Sight
 from billing_tailer.identity import Matching, deciding_commands, match
 from billing_tailer.ledger import Changes, Ledger, NewFile
 from billing_tailer.model import HEAD_BYTES_MAX, FileState, Position, SeenFile
@@ -61,6 +61,8 @@ class Follower:
         self._start_at_end = start_at_end
         self._is_spool = is_spool
         self._next_scan = 0.0
+        self._looked_at = 0.0
+        self._saw_all = False
         self._at_leisure = 0.0
         self._gone: dict[tuple[int, int], _Gone] = {}
         self._replaced: dict[tuple[int, int], int] = {}
@@ -98,6 +100,7 @@ class Follower:
             return
         self._unreadable = []
         scan, matching = self._look(started)
+        self._looked_at, self._saw_all = started, scan.complete and not scan.problems
         if scan.archives_unknown and self._begins_at_ends():
             waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
             self._health.say("files", [waiting])
@@ -375,6 +378,9 @@ class Follower:
         self._unread = {key: seen for key, seen in self._unread.items() if key in rows}
         self._events.oldest_uncommitted(min((since for _, since in self._unread.values()), default=None))
         self._events.files(self.positions, rows)
+        sizes = {file_id: size for file_id, (_, _, size) in rows.items()}
+        ago = time.monotonic() - self._looked_at
+        self._health.see(None if waiting else Sight(now - ago, sizes, self._saw_all))
 
     def _see_without_ledger(self, *, hold: bool) -> None:
         """Match by locator alone, for the gauges only: nothing is read or decided while Postgres is away. But files are

@@ -1,11 +1,22 @@
-"""What the loop says of itself, for /livez and /readyz: written by the loop, read by the HTTP thread."""
+"""What the loop says of itself, for /livez, /readyz and the pages: written by the loop, read by the HTTP thread."""
 
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 LIVE_SECONDS_MAX = 30.0
 """Without a tick of the loop for so long, the process is not alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What the loop saw of the log files. looked_at: seconds of the epoch at which its last look at the directories
+    began. sizes: bytes by file_id, of files in sight; whole: that look saw everything it should have."""
+
+    looked_at: float
+    sizes: Mapping[int, int]
+    whole: bool
 
 
 class Health:
@@ -14,6 +25,7 @@ class Health:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last_tick = time.monotonic()
+        self._sight: Sight | None = None
         self._reasons: dict[str, list[str]] = {"starting": ["no look at the log directories yet"]}
 
     def tick(self) -> None:
@@ -44,3 +56,11 @@ class Health:
         """What is wrong, by topic; topics without trouble are left out."""
         with self._lock:
             return {topic: list(reasons) for topic, reasons in self._reasons.items() if reasons}
+
+    def see(self, sight: Sight | None) -> None:
+        """The files as they are now; None while another tailer reads them, or Postgres is away."""
+        self._sight = sight
+
+    def sight(self) -> Sight | None:
+        """What was seen last."""
+        return self._sight

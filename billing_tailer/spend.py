@@ -75,7 +75,6 @@ def _keep_call_id(value: object) -> object:
         or not _is_clean(value)
         or "\N{REPLACEMENT CHARACTER}" in value
         or value != value.strip()
-        or (value.isascii() and " " in value)
     ):
         return {}
     return value

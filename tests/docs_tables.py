@@ -38,9 +38,11 @@ from billing_tailer.model import (
     UsageFact,
 )
 from billing_tailer.settings import LLM_ROUTES, PREFIX, describe
+from billing_tailer.settle import Rules
 from billing_tailer.spend import slim
 from billing_tailer.spool import Spool
 from billing_tailer.web.callbacks import callback_routes
+from billing_tailer.web.pages import Deciding, page_routes
 from billing_tailer.web.runs import run_routes
 from billing_tailer.web.server import application
 from billing_tailer.web.waiters import Waiters
@@ -51,6 +53,7 @@ PACKAGE = ROOT / "billing_tailer"
 FILES = (
     "README.md",
     "deploy/runbook.md",
+    "docs/activity.md",
     "docs/containers.md",
     "docs/growing.md",
     "docs/integrating.md",
@@ -126,6 +129,16 @@ ENDPOINTS: Mapping[str, str] = {
     "/v1/runs/{run_id}": "the bill of a run, at once or as soon as it is complete: `wait_seconds` (to 60), `calls=N` "
     "or `call_id=...` (to 1,000 of them), `details=true` with `after` and `limit`",
     "/v1/calls/{call_id}": "everything about one call, down to the line in the log; 404 where nothing is known of it",
+    "/v1/activity": "the numbers of the activity page as JSON: `range` or `from` and `to`, `account`, `model`",
+    "/": "the activity page: how far the bill is complete, sums, cost over time, models, accounts, receipts",
+    "/calls/{call_id}": "a call's page, from its line to the money",
+    "/exceptions": "calls that need a decision or a look, with the commands that decide them",
+    "/dead-letters": "what was not understood, with the commands that decide it",
+    "/reconciliation": "what became of the calls of each day",
+    "/export.{format}": "receipts of a range as `csv` or `jsonl`, with the parameters of `/` and `run_id`",
+    "/login": "the form that makes a session of 12 hours with `API_TOKEN`; five wrong tokens in a minute, then 429",
+    "POST /logout": "ends the session in this browser",
+    "/static/{name}": "the pages' style and script; for everybody",
 }
 EXCEPTIONS: Mapping[ExceptionKind, tuple[str, str]] = {
     ExceptionKind.HELD_ZERO_COST: (
@@ -372,11 +385,12 @@ def endpoints() -> str:
     more = [
         *callback_routes(None, Spool(ROOT, 1, lambda _: None), slim, 1, lambda _: None),
         *run_routes(None, reads, Waiters(reads.run_status)),
+        *page_routes(None, reads, "billing", "default", Deciding(Rules(), 1, 1), Health(), Events()),
     ]
     paths = []
     for route in application(Events(), Health(), more).routes:
         path = str(getattr(route, "path", "")).replace(":path}", "}")
-        if path.endswith("/"):
+        if path != "/" and path.endswith("/"):
             continue  # the same as without
         paths.append(path if "GET" in getattr(route, "methods", ()) else f"POST {path}")
     same_keys("endpoints", paths, ENDPOINTS)

@@ -440,6 +440,15 @@ def test_without_a_token_only_this_machine_may_post(tmp_path: Path) -> None:
             assert "no CALLBACK_TOKEN is configured" in answer["error"]
 
 
+def test_a_page_in_a_browser_may_not_post(tmp_path: Path) -> None:
+    """Whatever its name resolves to: browsers say where a POST comes from."""
+    with Served(tmp_path, token=None) as serving:
+        assert serving.post(b"{}", authorization="", origin="http://evil.test")[0] == 401
+        assert serving.post(b"{}", authorization="", origin="null")[0] == 401
+    with Served(tmp_path) as serving:
+        assert serving.post(b"{}", origin="http://evil.test")[0] == 200  # it has the token
+
+
 def test_an_empty_token_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="CALLBACK_TOKEN"):
         callback_routes("", Spool(tmp_path, 1, print), slim, 1, print)

@@ -458,7 +458,7 @@ def test_five_hundred_wait(api: Bench) -> None:
 
     async def get(path: str) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         answer = await reader.read()
         writer.close()
         await writer.wait_closed()
@@ -529,8 +529,8 @@ def test_the_connections_cannot_write(api: Bench) -> None:
         connection.execute("delete from usage_facts")
 
     with pytest.raises(Exception, match="read-only"):
-        api.reads._submit(write).result(10)
-    timeout = api.reads._submit(lambda connection: connection.execute("show statement_timeout").fetchone())
+        api.reads.submit(write).result(10)
+    timeout = api.reads.submit(lambda connection: connection.execute("show statement_timeout").fetchone())
     assert timeout.result(10) == ("5s",)
 
 

@@ -1,5 +1,6 @@
 """Postgres: the only room that knows SQL and psycopg."""
 
+from billing_tailer.ledger.activity import ORIGIN, Activity, Charged, Chosen, Place, Sums, activity_reads
 from billing_tailer.ledger.connection import migrate, reason_of
 from billing_tailer.ledger.news import listening
 from billing_tailer.ledger.operator import Operator, Told, operator
@@ -14,7 +15,11 @@ from billing_tailer.ledger.sqlfile import migrations
 from billing_tailer.ledger.writer import Changes, Committed, Ledger, LedgerState, NewFile
 
 __all__ = [
+    "ORIGIN",
+    "Activity",
     "Changes",
+    "Charged",
+    "Chosen",
     "Committed",
     "Generation",
     "Ledger",
@@ -22,6 +27,7 @@ __all__ = [
     "NewFile",
     "OddCalls",
     "Operator",
+    "Place",
     "PlacedRows",
     "Probe",
     "Proofs",
@@ -32,11 +38,13 @@ __all__ = [
     "Reset",
     "Ruling",
     "RunStatus",
+    "Sums",
     "Tile",
     "Told",
     "Unaudited",
     "Waiting",
     "Window",
+    "activity_reads",
     "listening",
     "migrate",
     "migrations",

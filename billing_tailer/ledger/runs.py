@@ -78,9 +78,12 @@ class Unaudited:
 class Reads:
     """The API's way to Postgres. Every method may be called from any thread and returns at once."""
 
-    def __init__(self, schema: str, source_id: str) -> None:
+    def __init__(self, schema: str, source_id: str, *, threads: int = THREADS, waiting_max: int = QUEUE_MAX) -> None:
+        """threads, waiting_max: who reads what takes long has threads of his own, and does not let many wait."""
         self._schema = schema
         self._source_id = source_id
+        self._threads = threads
+        self._waiting_max = waiting_max
         self._dsn: str | None = None
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Read[Any]] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -89,7 +92,7 @@ class Reads:
     @contextmanager
     def of(self, dsn: str) -> Iterator[None]:
         """Answer from this database; before and afterwards, every read fails with LedgerUnavailable."""
-        threads = [threading.Thread(target=self._work, name=f"reads-{n}", daemon=True) for n in range(THREADS)]
+        threads = [threading.Thread(target=self._work, name=f"reads-{n}", daemon=True) for n in range(self._threads)]
         self._dsn = dsn
         for thread in threads:
             thread.start()
@@ -103,33 +106,36 @@ class Reads:
 
     def run_status(self, run_id: str, named: Collection[str]) -> Future[RunStatus]:
         """The calls of a run; those `named` that are settled are told apart."""
-        return self._submit(partial(_run_status, source_id=self._source_id, run_id=run_id, named=list(named)))
+        return self.submit(partial(_run_status, source_id=self._source_id, run_id=run_id, named=list(named)))
 
     def run_calls(self, run_id: str, after: str, limit: int) -> Future[list[dict[str, Any]]]:
         """A page of a run's calls in the order of their ids."""
-        return self._submit(partial(_run_calls, run_id=run_id, after=after, limit=limit))
+        return self.submit(partial(_run_calls, run_id=run_id, after=after, limit=limit))
 
     def closed_window(self, closed_seconds: int) -> Future[dict[str, Any]]:
         """Where the calls stand that ended in the 15 minutes up to so many seconds ago (a whole minute)."""
-        return self._submit(partial(_closed_window, closed_seconds=closed_seconds))
+        return self.submit(partial(_closed_window, closed_seconds=closed_seconds))
 
     def unaudited(self, after: datetime, to: datetime) -> Future[Unaudited]:
         """Spend records without a line that were received after `after`, up to `to`."""
-        return self._submit(partial(_unaudited, after=after, to=to))
+        return self.submit(partial(_unaudited, after=after, to=to))
 
     def call(self, call_id: str) -> Future[dict[str, Any]]:
         """Everything that is known of one call, at one moment, and the files that its parts stand in."""
-        return self._submit(partial(_call, call_id=call_id))
+        return self.submit(partial(_call, call_id=call_id))
 
     # --- threads
 
-    def _submit(self, read: Read[T]) -> Future[T]:
+    def submit(self, read: Read[T]) -> Future[T]:
+        """Have one of the threads read: `read` is called with a connection that cannot write. A connection that broke
+        while it was idle means that it is called twice."""
         future: Future[T] = Future()
         with self._lock:  # nothing is put behind the threads' last job
             if self._dsn is None:
                 future.set_exception(LedgerUnavailable("the database is not open", "try again in a second"))
-            elif self._jobs.qsize() >= QUEUE_MAX:
-                future.set_exception(LedgerUnavailable(f"{QUEUE_MAX} reads are waiting", "try again in a second"))
+            elif self._jobs.qsize() >= self._waiting_max:
+                waiting = f"{self._waiting_max} reads wait already"
+                future.set_exception(LedgerUnavailable(waiting, "try again in a second"))
             else:
                 self._jobs.put((future, read))
         return future

@@ -1,4 +1,4 @@
-"""Loads the named statements of `sql/queries.sql` and the numbered migrations."""
+"""Loads the named statements of `sql/*.sql` and the numbered migrations."""
 
 import hashlib
 import re
@@ -9,13 +9,17 @@ from typing import LiteralString, cast
 _SQL = files("billing_tailer.ledger") / "sql"
 
 
-def _load() -> dict[str, LiteralString]:
-    text = (_SQL / "queries.sql").read_text()
-    parts = re.split(r"^-- name: (\w+)$", text, flags=re.MULTILINE)[1:]
-    return {name: cast("LiteralString", body.strip()) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+def _load(*names: str) -> dict[str, LiteralString]:
+    found: dict[str, LiteralString] = {}
+    for file in names:
+        parts = re.split(r"^-- name: (\w+)$", (_SQL / file).read_text(), flags=re.MULTILINE)[1:]
+        for name, body in zip(parts[::2], parts[1::2], strict=True):
+            assert name not in found, f"{name} stands twice"
+            found[name] = cast("LiteralString", body.strip())
+    return found
 
 
-QUERIES = _load()
+QUERIES = _load("queries.sql", "activity.sql")
 
 
 @dataclass(frozen=True, slots=True)

@@ -483,9 +483,12 @@ class _Callbacks:
 
     def _why_stranger(self, request: Request) -> str | None:
         if self._token is None:
-            if request.client is not None and is_loopback(request.client.host):
-                return None
-            return "no CALLBACK_TOKEN is configured: only clients on this machine may post"
+            if request.client is None or not is_loopback(request.client.host):
+                return "no CALLBACK_TOKEN is configured: only clients on this machine may post"
+            # LiteLLM sends no Origin, a browser always does: a page from elsewhere must not post with its hands
+            if "origin" in request.headers:
+                return "no CALLBACK_TOKEN is configured: nothing is taken from a browser"
+            return None
         return wrong_bearer(request, self._token, "CALLBACK_TOKEN")
 
     def _too_large(self) -> Response:

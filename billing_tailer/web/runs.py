@@ -28,13 +28,13 @@ from billing_tailer.errors import TailerError
 from billing_tailer.files import read_range
 from billing_tailer.ledger import Reads, RunStatus
 from billing_tailer.web.access import Access
+from billing_tailer.web.parameters import BadParameter, identifier, integer
 from billing_tailer.web.waiters import TooManyWaiting, Waiters
 
 WAIT_SECONDS_MAX = 60
 CALLS_MAX = 1_000_000
 NAMED_MAX = 1000
 PAGE_MAX = 1000
-ID_CHARACTERS_MAX = 1024
 LINE_BYTES_MAX = 1 << 20
 """Of a raw line, so much is shown."""
 CLIENT_LEFT = 499
@@ -55,7 +55,7 @@ def run_routes(token: str | None, reads: Reads, waiters: Waiters) -> list[BaseRo
                 return refusal
             try:
                 return await answer(request)
-            except _BadParameter as bad:
+            except BadParameter as bad:
                 return bad.response()
             except TooManyWaiting:
                 return _unavailable("too many clients wait already", "try again in a second")
@@ -78,16 +78,6 @@ def _unavailable(reason: str, hint: str) -> Response:
 
 
 # --- parameters
-
-
-class _BadParameter(Exception):
-    def __init__(self, name: str, value: str, remedy: str) -> None:
-        self.name, self.value, self.remedy = name, value[:120], remedy
-
-    def response(self) -> Response:
-        """400, for people and for programs."""
-        words = {"parameter": self.name, "value": self.value, "remedy": self.remedy}
-        return JSONResponse({"error": f"{self.name} = {self.value!r}: {self.remedy}", **words}, 400)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,56 +103,41 @@ _PARAMETERS = ("wait_seconds", "calls", "call_id", "details", "after", "limit")
 
 
 def _question(request: Request) -> _Question:
-    """Raises _BadParameter."""
+    """Raises BadParameter."""
     query = request.query_params
     for name, value in query.multi_items():
         if name not in _PARAMETERS:
-            raise _BadParameter(name, value, f"is not a parameter: use {', '.join(_PARAMETERS)}")
+            raise BadParameter(name, value, f"is not a parameter: use {', '.join(_PARAMETERS)}")
         if name != "call_id" and len(query.getlist(name)) > 1:
-            raise _BadParameter(name, value, "is given more than once: give it once")
+            raise BadParameter(name, value, "is given more than once: give it once")
     named = query.getlist("call_id")
     if named and "calls" in query:
-        raise _BadParameter("calls", query["calls"], "is given together with call_id: give one of them")
+        raise BadParameter("calls", query["calls"], "is given together with call_id: give one of them")
     if len(named) > NAMED_MAX:
-        raise _BadParameter("call_id", str(len(named)), f"at most {NAMED_MAX} of them: use calls=N for more")
+        raise BadParameter("call_id", str(len(named)), f"at most {NAMED_MAX} of them: use calls=N for more")
     details = query.get("details", "false")
     if details not in ("true", "false"):
-        raise _BadParameter("details", details, "must be true or false")
+        raise BadParameter("details", details, "must be true or false")
     for name in ("after", "limit"):
         if name in query and details == "false":
-            raise _BadParameter(name, query[name], "belongs to the list of calls: add details=true")
+            raise BadParameter(name, query[name], "belongs to the list of calls: add details=true")
     after = query.get("after", "")
     return _Question(
-        run_id=_identifier("run_id", request.path_params["run_id"]),
+        run_id=identifier("run_id", request.path_params["run_id"]),
         wait_seconds=_seconds(query.get("wait_seconds", "0")),
-        calls=_integer(query, "calls", CALLS_MAX, "how many calls the run made; leave it out if you do not know"),
-        named=frozenset(_identifier("call_id", one) for one in named),
+        calls=integer(query, "calls", CALLS_MAX, "how many calls the run made; leave it out if you do not know"),
+        named=frozenset(identifier("call_id", one) for one in named),
         details=details == "true",
-        after=after and _identifier("after", after),
-        limit=_integer(query, "limit", PAGE_MAX, "how many calls to list") or PAGE_MAX,
+        after=after and identifier("after", after),
+        limit=integer(query, "limit", PAGE_MAX, "how many calls to list") or PAGE_MAX,
     )
-
-
-def _identifier(name: str, value: str) -> str:
-    if not value or len(value) > ID_CHARACTERS_MAX or "\0" in value:
-        raise _BadParameter(name, value, f"must be 1 to {ID_CHARACTERS_MAX} characters, none of them NUL")
-    return value
 
 
 def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", value) or float(value) > WAIT_SECONDS_MAX:
         remedy = f"must be a number of seconds from 0 to {WAIT_SECONDS_MAX}: ask again to wait longer"
-        raise _BadParameter("wait_seconds", value, remedy)
+        raise BadParameter("wait_seconds", value, remedy)
     return float(value)
-
-
-def _integer(query: Mapping[str, str], name: str, largest: int, meaning: str) -> int | None:
-    value = query.get(name)
-    if value is None:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not 1 <= int(value) <= largest:
-        raise _BadParameter(name, value, f"must be a whole number from 1 to {largest}: {meaning}")
-    return int(value)
 
 
 # --- a run
@@ -253,8 +228,8 @@ _CREDITS = ("charged_credits", "delta_credits")
 
 async def _call(request: Request, reads: Reads) -> Response:
     for name, value in request.query_params.multi_items():
-        raise _BadParameter(name, value, "is not a parameter: this takes none")
-    call_id = _identifier("call_id", request.path_params["call_id"])
+        raise BadParameter(name, value, "is not a parameter: this takes none")
+    call_id = identifier("call_id", request.path_params["call_id"])
     found = await asyncio.wrap_future(reads.call(call_id))
     if found["fact"] is None and not found["records"]:
         hint = "no line of the log and no spend record has this id: it may not be committed yet, see as_of of the run"
@@ -264,19 +239,19 @@ async def _call(request: Request, reads: Reads) -> Response:
     return JSONResponse(
         {
             "call_id": call_id,
-            "fact": None if fact is None else {**_row(fact), "line": await _line(fact, files)},
+            "fact": None if fact is None else {**_row(fact), "line": await placed_line(fact, files)},
             "spend_records": [{**_row(row), "line": _place(row, files)} for row in found["records"]],
             "receipt": found["receipt"] and _row(found["receipt"]),
             "details": found["details"] and _row(found["details"]),
             "adjustments": [_row(row) for row in found["adjustments"]],
             "exceptions": [_row(row) for row in found["exceptions"]],
-            "conflicts": [{**_row(row), "line": await _line(row, files)} for row in found["conflicts"][:10]],
+            "conflicts": [{**_row(row), "line": await placed_line(row, files)} for row in found["conflicts"][:10]],
             "conflict_count": len(found["conflicts"]),
         }
     )
 
 
-async def _line(row: Mapping[str, Any], files: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+async def placed_line(row: Mapping[str, Any], files: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Where a line stands, and, while its file is there, its text."""
     place = _place(row, files)
     file = files.get(row["file_id"])
