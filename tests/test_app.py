@@ -378,11 +378,12 @@ def test_the_embedded_postgres_dies(volume: Path, open_dir: Path, daemon_log: Pa
 NO_INOTIFY = """
 import os, signal, threading
 from watchdog.observers.inotify_c import InotifyFD
+from billing_tailer import run_cli
 from billing_tailer.cli import main
 def refuse():
     raise OSError(24, "inotify instance limit reached")
 InotifyFD._create_inotify_fd = staticmethod(refuse)
-threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
 main()
 """
 
