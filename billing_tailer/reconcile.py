@@ -51,7 +51,10 @@ def spans(start: datetime | None, end: datetime | None, now: datetime, deadline_
     if end > now:
         raise ConfigError(f"--to {end.isoformat()} is in the future", "name a window that is over: its calls are known")
     if start >= end:
-        raise ConfigError(f"--from {start.isoformat()} is not before --to {end.isoformat()}", "name a period of time")
+        raise ConfigError(
+            f"--from {start.isoformat()} is not before --to {end.isoformat()}",
+            "name a period of time: without --to it ends with the last whole day (UTC)",
+        )
     if (end - start) / DAY > WINDOWS_MAX:
         raise ConfigError(f"more than {WINDOWS_MAX} days", "name a shorter period")
     return list(_days(start, end))

@@ -74,6 +74,7 @@ class Tailer:
         self._next_show = 0.0
         self._next_check = 0.0
         self._last_reset: tuple[int, datetime | None] = (0, None)
+        self._waits_for: tuple[LedgerState, str] | None = None
 
     # --- the loop
 
@@ -116,9 +117,10 @@ class Tailer:
         self._reset.apply()
         self._load()
         if self._ledger.may_change_money():
-            self._events.warning("receipts.not_append_only", message="our role may change them: see `check`")
+            self._events.warning("receipts.not_append_only", message="our role may change receipts: see `check`")
         self._settler.begin()
         self._events.active(True)
+        self._waits_for = None
         self._health.say("ledger", ())
         self._events.info("owner", source_id=self._ledger.source_id, files=len(self._follower.positions))
         return True
@@ -128,9 +130,18 @@ class Tailer:
         self._health.tick()
         self._health.say("ledger", [f"{self._ledger.state}: {self._ledger.trouble or 'first attempt'}"])
         self._events.active(False)
+        self._log_waiting()
         if time.monotonic() >= self._next_show:
             self._next_show = time.monotonic() + SHOW_SECONDS
             self._follower.show(time.time(), waiting=True, standby=self._ledger.state is LedgerState.STANDBY)
+
+    def _log_waiting(self) -> None:
+        """Once for each reason: without it, the log of a daemon with a wrong password would be silent for ever."""
+        if self._ledger.trouble is None or self._waits_for == (self._ledger.state, self._ledger.trouble):
+            return
+        self._waits_for = self._ledger.state, self._ledger.trouble
+        say = self._events.info if self._ledger.state is LedgerState.STANDBY else self._events.warning
+        say("ledger.waiting", state=str(self._ledger.state), message=self._ledger.trouble)
 
     def _load(self) -> None:
         self._last_reset = self._ledger.newest_reset()

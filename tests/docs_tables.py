@@ -87,7 +87,7 @@ DEAD_LETTERS: Mapping[StrEnum, str] = {
     DeadLetterReason.BAD_VALUE: "a field that decides the bill (status, time, an id) has an impossible value",
     DeadLetterReason.TOO_LONG: "longer than `LINE_BYTES_MAX`, its first 4 KiB are kept; of a callback, more than 4 MiB "
     "without its prompts and answers, or deeper than 500 levels",
-    DeadLetterReason.UNTERMINATED: "a callback that breaks off",
+    DeadLetterReason.UNTERMINATED: "what stands behind the last newline of a finished file; a callback that breaks off",
     DeadLetterReason.REFUSED_BY_POSTGRES: "Postgres refused the row; its words are in `detail`",
 }
 GAPS: Mapping[StrEnum, str] = {

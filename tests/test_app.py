@@ -413,6 +413,7 @@ def test_a_standby_takes_over_within_three_seconds(dsn: str, volume: Path, tmp_p
         active.wait_until(lambda: count(dsn, "usage_facts") == 10)
         assert standby.metric("billing_tailer_active") == 0
         assert standby.get("/livez").status_code == 200
+        assert standby.wait_for_event("ledger.waiting")["state"] == "standby"
         for number in range(3):
             active.kill()
             append(volume, lines(10 + number * 10, 10))

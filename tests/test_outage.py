@@ -81,12 +81,15 @@ def test_postgres_away_when_the_daemon_starts(postgres: EmbeddedPostgres, tmp_pa
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 503)
         daemon.wait_until(lambda: _lag(daemon, log) == log.stat().st_size, what="the lag shows the whole file")
         assert daemon.get("/livez").status_code == 200
+        assert daemon.wait_for_event("ledger.waiting")["state"] == "connecting"
         assert daemon.metric("billing_tailer_oldest_uncommitted_timestamp_seconds") == pytest.approx(
             time.time(), abs=30
         )
         postgres.start()
         daemon.wait_until(lambda: count(dsn, "usage_facts") == 100)
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
+        waits = [(one["state"], one["message"]) for one in daemon.events("ledger.waiting")]
+        assert len(waits) == len(set(waits)), "the same reason is said once, however often it is tried"
         assert daemon.terminate() == 0
 
 

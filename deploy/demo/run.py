@@ -98,7 +98,7 @@ class Demo:
             ) from error
 
     def where(self) -> str:
-        """Where status, metrics and data can be seen."""
+        """Where the page, status, metrics and data can be seen."""
         asked = {name: os.environ[name] for key in ("DB_SCHEMA", "SOURCE_ID") if (name := PREFIX + key) in os.environ}
         asked |= {name: value for name, value in self.variables.items() if not name.endswith("HTTP_PORT")}
         status = Path(sys.executable).parent / "billing-tailer"
@@ -107,6 +107,7 @@ class Demo:
         data = f"{self._data_dir} (embedded Postgres)" if self._embedded else "the database of your environment"
         return "\n".join(
             [
+                f"  page     {self._url}/",
                 f"  status   {' '.join(command)}",
                 f"  health   {self._url}/livez  {self._url}/readyz",
                 f"  metrics  {self._url}/metrics",

@@ -57,6 +57,8 @@ def test_it_shows_the_first_facts_and_where_to_look(directory: Path) -> None:
         )
         assert status.returncode == 0, status.stderr
         assert '"active": true' in status.stdout
+        with opener.open(demo.wait_for("  page     ", 1).removeprefix("  page     "), timeout=10) as response:
+            assert b"<title>Activity" in response.read()
         # before the start, and again when there is something to see
         assert demo.output.count("  metrics  http://127.0.0.1:") == 2
         assert demo.output.count(f"  data     {directory / 'data'}") == 2
