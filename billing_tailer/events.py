@@ -6,6 +6,7 @@ Metric names, their labels and their meaning stand in README's table, which a te
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping
 from decimal import Decimal
 from typing import Any
@@ -42,6 +43,9 @@ FILE_LABELS_MAX = 50
 OTHER = "_other"
 CALLBACK_CODES = (200, 400, 401, 408, 413, 415, 499, 500, 503)
 """What the callback endpoint answers."""
+UNAUTHORIZED = 401
+REFUSAL_SECONDS = 60.0
+"""So often the log says that callbacks came without the token."""
 GAPS_OF_OPERATORS = (GapReason.START_AT, GapReason.SKIPPED, GapReason.ACCEPTED)
 """Bytes that somebody wanted left out: the loop finds them in Postgres, it does not declare them."""
 LETTERS_LOGGED_MAX = 20
@@ -69,6 +73,8 @@ def configure_logging(level: str, log_format: str) -> None:
 
 class Events:
     """The log and the metrics of one process."""
+
+    _next_refusal = 0.0
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -302,8 +308,11 @@ class Events:
             self._log.info("spend_logs.polled", records=records, new=new, rejected=rejected)
 
     def callback(self, code: int) -> None:
-        """A callback request was answered."""
+        """A callback request was answered. LiteLLM says nowhere that it was refused: the log does, once a minute."""
         self._callbacks.labels(str(code)).inc()
+        if code == UNAUTHORIZED and time.monotonic() >= self._next_refusal:
+            self._next_refusal = time.monotonic() + REFUSAL_SECONDS
+            self._log.warning("callback.refused", code=code, message="without CALLBACK_TOKEN; what it had is dropped")
 
     def spool(self, trouble: str | None) -> None:
         """The spool is in trouble, or well."""

@@ -12,13 +12,23 @@ from billing_tailer.errors import ConfigError, LedgerUnavailable
 from billing_tailer.ledger import Reports
 from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.listing import file_rows
-from billing_tailer.model import FileState
+from billing_tailer.model import ExceptionKind, FileState
 from billing_tailer.options import AsJson, DryRun
 from billing_tailer.printing import plain, print_json, print_line, print_pairs, print_state
 from billing_tailer.reconcile import SWEEP_SECONDS_MAX, rate
 from billing_tailer.settings import Settings, load
 
 verbs = typer.Typer()
+
+UNDECIDED = (
+    ExceptionKind.HELD_ZERO_COST,
+    ExceptionKind.HELD_BAD_COST,
+    ExceptionKind.UNATTRIBUTED,
+    ExceptionKind.CONFLICT,
+    ExceptionKind.OVERDUE,
+    ExceptionKind.COST_MISMATCH,
+)
+"""Open exceptions that keep money from being charged, or mean that other money was."""
 
 
 @verbs.command()
@@ -103,6 +113,11 @@ def _unhealthy(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
                 "reason": f"{row['path']} (file_id {row['file_id']}) is blocked: {row['blocked_reason']}",
                 "next": "`billing-tailer files` shows the commands that decide it",
             }
+        elif row["state"] == FileState.MISSING:
+            yield {
+                "reason": f"{row['path']} (file_id {row['file_id']}) is missing: nobody knows whether it had more",
+                "next": "put it back, or `billing-tailer files` shows the commands that decide it",
+            }
     letters = totals["dead_letters_open"]
     if letters:
         yield {
@@ -110,3 +125,9 @@ def _unhealthy(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> 
             "next": "`billing-tailer dead-letters list`, then `billing-tailer dead-letters retry ID --reason ...` or "
             "`billing-tailer dead-letters discard ID --reason ...`",
         }
+    for kind, number in totals["exceptions_open"].items():
+        if kind in UNDECIDED:
+            yield {
+                "reason": f"{number} call{'s are' if number > 1 else ' is'} {kind}",
+                "next": f"`billing-tailer exceptions list --kind {kind}`, then `billing-tailer explain CALL_ID`",
+            }

@@ -13,6 +13,7 @@ from tests.support.daemon import Daemon
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import count, outcomes, rows
+from tests.support.spendlines import payload, spool_line
 from tests.support.verbs import Verb, answer_of, run_verb
 
 FILE_KEYS = {
@@ -177,6 +178,27 @@ def test_status_is_unhealthy_with_a_blocked_file(verb: Verb, dsn: str, log: Path
     assert verb.json("status", code=1)["blocked"] == [str(log)]
     (file,) = verb.json("files")
     assert (file["state"], file["blocked_reason"]) == ("blocked", "offset_past_end")
+
+
+def test_status_is_unhealthy_with_a_missing_file(verb: Verb, dsn: str, log: Path) -> None:
+    follow(dsn, log, lines(0, 10))
+    log.rename(log.parent.parent / "elsewhere")
+    follow(dsn, log.parent / "audit-2.jsonl", lines(10, 1))
+    (one,) = verb.json("status", code=1)["unhealthy"]
+    assert one["reason"].startswith(f"{log} (file_id 1) is missing")
+
+
+def test_status_is_unhealthy_with_a_call_that_is_not_charged(verb: Verb, dsn: str, log: Path) -> None:
+    log.write_bytes(lines(0, 2))
+    (log.parent / "callbacks-test-1.jsonl").write_bytes(spool_line(payload(0, 0)) + spool_line(payload(1)))
+    with following(dsn, log.parent) as rig:
+        rig.turn()
+    assert verb.json("status", code=1)["unhealthy"] == [
+        {
+            "reason": "1 call is held_zero_cost",
+            "next": "`billing-tailer exceptions list --kind held_zero_cost`, then `billing-tailer explain CALL_ID`",
+        }
+    ]
 
 
 def test_status_is_about_one_source(verb: Verb, dsn: str, log: Path) -> None:

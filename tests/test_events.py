@@ -1,10 +1,12 @@
 """Metrics that alerts rest on: what they say of gaps, of bytes that wait, and of files that nobody misses."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from billing_tailer.events import Events, configure_logging
 from billing_tailer.resets import OrderedReset, plan_reset
 from billing_tailer.settings import OffsetReset
 from tests.support.follow import Rig, following
@@ -116,3 +118,13 @@ def test_an_empty_spool_file_is_not_missed(dsn: str, tmp_path: Path, name: str, 
         assert [one["state"] for one in rows(dsn, "select state from tail_files")] == [state]
         rig.follower.show(0, waiting=False)
         assert value(rig, 'files{state="missing"}') == (state == "missing")
+
+
+def test_refused_callbacks_are_said_once_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    """LiteLLM itself says nothing of the kind."""
+    configure_logging("info", "json")
+    events = Events()
+    for code in (200, 401, 401, 413):
+        events.callback(code)
+    (said,) = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert (said["event"], said["code"]) == ("callback.refused", 401)
