@@ -17,7 +17,7 @@ from billing_tailer import reconcile
 from billing_tailer.errors import TooMuch
 from billing_tailer.health import Sight
 from billing_tailer.ledger import Activity, Charged, Chosen, Place
-from billing_tailer.model import ExceptionKind
+from billing_tailer.model import ExceptionKind, FileState
 from billing_tailer.spool import is_spool_file
 
 PRESETS = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
@@ -248,7 +248,8 @@ class Progress:
 
 
 def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -> Progress:
-    """standing: of the ledger. sight: what the loop saw of the files of our source."""
+    """standing: of the ledger. sight: what the loop saw of the files of our source, taken before standing was read: what
+    came meanwhile is in neither, and what was seen is committed by then or unread."""
     bounds: list[datetime] = []
     why, behind = standing["unknown"], 0
     if why is not None:
@@ -256,7 +257,7 @@ def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -
     elif sight is None:
         why = "this process does not commit at the moment: it stands by, or Postgres is away (see /readyz)"
     elif not sight.whole:
-        why = "not every log file can be seen (see /readyz)"
+        why = "not every log file can be seen and read (see /readyz)"
     else:
         bounds.append(datetime.fromtimestamp(sight.looked_at, UTC) - LINE_AFTER)
     for file in standing["files"]:
@@ -265,13 +266,13 @@ def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -
             size = max(size, sight.sizes.get(file["file_id"], 0))
         unread = max(0, size - file["committed_offset"])
         behind += unread
-        if unread and not is_spool_file(file["path"]):
+        blocked = file["state"] == FileState.BLOCKED  # nobody knows what follows there
+        if (unread or blocked) and not is_spool_file(file["path"]):
             if file["last_call_at"] is None:
-                why = (
-                    why or f"{file['path']}: {unread} bytes are not committed, and no call before them tells their time"
-                )
+                what = "it is blocked" if blocked else f"{unread} bytes are not committed"
+                why = why or f"{file['path']}: {what}, and no call before that tells the time"
             else:
-                bounds.append(file["last_call_at"])
+                bounds.append(file["last_call_at"] - LINE_AFTER)
     opened: Mapping[str, int] = standing["exceptions"]
     informing = sum(opened.get(kind, 0) for kind in INFORMING)
 

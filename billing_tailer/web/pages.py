@@ -164,8 +164,8 @@ class _Pages:
         return await asyncio.wrap_future(self._reads.submit(lambda connection: read(Activity(connection))))
 
     async def _progress(self) -> activity.Progress:
-        standing = await self._ask(Activity.standing)
-        return activity.progress(standing, self._health.sight(), self._source_id)
+        sight = self._health.sight()  # first: see activity.progress
+        return activity.progress(await self._ask(Activity.standing), sight, self._source_id)
 
     # --- the activity
 
