@@ -248,8 +248,8 @@ class Progress:
 
 
 def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -> Progress:
-    """standing: of the ledger. sight: what the loop saw of the files of our source, taken before standing was read: what
-    came meanwhile is in neither, and what was seen is committed by then or unread."""
+    """standing: of the ledger. sight: what the loop saw of the files of our source, asked for before standing was: then
+    what was seen is committed, or counts as unread."""
     bounds: list[datetime] = []
     why, behind = standing["unknown"], 0
     if why is not None:

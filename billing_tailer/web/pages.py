@@ -18,6 +18,7 @@ from urllib.parse import parse_qs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from billing_tailer import activity, exporting, pricing
 from billing_tailer.activity import BadValue, Range
@@ -46,8 +47,8 @@ DAYS: Final = 14
 DAYS_SECONDS: Final = 14.0
 TOP: Final = 8
 TOP_JSON: Final = 100
-EXPORTS_MAX: Final = 4
-"""Exports at once."""
+EXPORTS_MAX: Final = 2
+"""Exports at once: each holds some megabytes, of the few that the daemon may have."""
 FORM_BYTES_MAX: Final = 4096
 RANGE_PARAMETERS: Final = ("range", "from", "to", "account", "model")
 
@@ -126,7 +127,7 @@ class _Pages:
             except TooMuch as error:
                 return self._trouble(request, 422, error.message, error.hint)
             except TailerError as error:
-                return self._trouble(request, 503, f"Postgres does not answer: {error.message}", error.hint)
+                return self._trouble(request, 503, f"This cannot be read now: {error.message}", error.hint)
 
         return endpoint
 
@@ -150,7 +151,7 @@ class _Pages:
             except TooMuch as error:
                 response = JSONResponse({"error": error.message, "hint": error.hint}, 422)
             except TailerError as error:
-                words = {"error": f"Postgres does not answer: {error.message}", "hint": error.hint}
+                words = {"error": f"this cannot be read now: {error.message}", "hint": error.hint}
                 response = JSONResponse(words, 503, headers={"Retry-After": "1"})
             response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
             return response
@@ -207,30 +208,45 @@ class _Pages:
         if kind not in ("csv", "jsonl"):
             raise BadParameter("format", kind, "must be csv or jsonl")
         chosen_range, chosen = _question(request, (*RANGE_PARAMETERS, "run_id"))
-        if self._exports >= EXPORTS_MAX:
-            raise TooMuch(f"{EXPORTS_MAX} exports are under way", "wait for one of them, or use billing-tailer export")
-        width = timedelta(hours=1)
-        first = await self._ask(lambda reads: reads.receipts(*_chunk(chosen_range, chosen, width)))
         name = f"receipts-{chosen_range.start:%Y%m%dT%H%M%S}-{chosen_range.end:%Y%m%dT%H%M%S}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
         media_type = "text/csv" if kind == "csv" else "application/x-ndjson"
-        return StreamingResponse(self._chunks(kind, chosen_range, chosen, first), 200, headers, media_type)
-
-    async def _chunks(self, kind: str, chosen_range: Range, chosen: Chosen, first: Any) -> AsyncIterator[str]:
-        """Breaks off where Postgres does not answer any more: the client sees an incomplete body."""
+        if request.method == "HEAD":
+            return Response(None, 200, headers, media_type)
+        if self._exports >= EXPORTS_MAX:
+            raise TooMuch(f"{EXPORTS_MAX} exports are under way", "wait for one of them, or use billing-tailer export")
         self._exports += 1
         try:
-            if kind == "csv":
-                yield exporting.csv_header()
-            rows, place, width = first
-            while True:
-                yield exporting.csv_rows(rows) if kind == "csv" else exporting.json_rows(rows)
-                if place is None:
-                    return
-                arguments = _chunk(Range(chosen_range.start, chosen_range.end), chosen, width, place)
-                rows, place, width = await self._ask(lambda reads, given=arguments: reads.receipts(*given))  # type: ignore[misc]
-        finally:
+            chunks = self._chunks(kind, chosen_range, chosen)
+            first = await anext(chunks)  # what fails at once is answered as an error
+        except BaseException:
             self._exports -= 1
+            raise
+        return _Export(first, chunks, headers, media_type, self._export_ended)
+
+    def _export_ended(self) -> None:
+        self._exports -= 1
+
+    async def _chunks(self, kind: str, chosen_range: Range, chosen: Chosen) -> AsyncIterator[str]:
+        """Text of some rows at a time, the first with the header. Breaks off where Postgres does not answer any more:
+        the client sees an incomplete body."""
+        text_of = exporting.csv_rows if kind == "csv" else exporting.json_rows
+        header = exporting.csv_header() if kind == "csv" else ""
+        place: Place | None = Place(chosen_range.end)
+        width = timedelta(hours=1)
+        while place is not None:
+
+            def read(
+                reads: Activity, at: Place = place, back: timedelta = width
+            ) -> tuple[str, Place | None, timedelta]:
+                rows, older, wider = reads.receipts(
+                    chosen_range.start, at, chosen, activity.CHUNK_ROWS, back, activity.CHUNK_SECONDS
+                )
+                return text_of(rows), older, wider  # in the thread that reads, and the rows are not kept
+
+            text, place, width = await self._ask(read)
+            yield header + text
+            header = ""
 
     # --- a call
 
@@ -407,15 +423,37 @@ async def _form_value(request: Request, name: str) -> str:
 # --- small things
 
 
+class _Export(StreamingResponse):
+    """A download, which says when it is over, however it ends."""
+
+    def __init__(
+        self,
+        first: str,
+        rest: AsyncIterator[str],
+        headers: Mapping[str, str],
+        media_type: str,
+        ended: Callable[[], None],
+    ) -> None:
+        self._ended = ended
+        super().__init__(_after(first, rest), 200, headers, media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
+async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    del first
+    async for chunk in rest:
+        yield chunk
+
+
 def _summary(chosen_range: Range, chosen: Chosen, reads: Activity) -> activity.Summary:
     return activity.summary(reads, chosen_range, chosen)
-
-
-def _chunk(
-    chosen_range: Range, chosen: Chosen, width: timedelta, place: Place | None = None
-) -> tuple[datetime, Place, Chosen, int, timedelta, float]:
-    place = place or Place(chosen_range.end)
-    return chosen_range.start, place, chosen, activity.CHUNK_ROWS, width, activity.CHUNK_SECONDS
 
 
 async def _nothing() -> None:
