@@ -12,8 +12,9 @@ import psycopg
 import pytest
 
 from billing_tailer import activity as numbers
-from billing_tailer.activity import BadValue, Range
+from billing_tailer.activity import Range
 from billing_tailer.errors import TooMuch
+from billing_tailer.given import EARLIEST, BadValue
 from billing_tailer.health import Sight
 from billing_tailer.ledger import Activity, Charged, Chosen, Place, activity_reads
 from billing_tailer.ledger.connection import query
@@ -264,14 +265,14 @@ def test_pages_go_back_over_years(page: Site, reads: Activity) -> None:
     page.bill(2, cost=0.5)
     late = datetime(2036, 1, 1, tzinfo=UTC)
     begun = time.monotonic()
-    chunks = list(numbers.receipts(reads, Range(numbers.EARLIEST, late), Chosen()))
+    chunks = list(numbers.receipts(reads, Range(EARLIEST, late), Chosen()))
     assert [row["call_id"] for chunk in chunks for row in chunk] == ["call-00000002", "call-00000001"]
     assert time.monotonic() - begun < 5
 
 
 def test_receipts_of_a_run(page: Site, reads: Activity) -> None:
     page.bill(1, 2, 102)
-    chunks = numbers.receipts(reads, Range(numbers.EARLIEST, END), Chosen(run_id="run-2"))
+    chunks = numbers.receipts(reads, Range(EARLIEST, END), Chosen(run_id="run-2"))
     assert {row["call_id"] for chunk in chunks for row in chunk} == {"call-00000002", "call-00000102"}
 
 

@@ -21,10 +21,11 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from billing_tailer import activity, exporting, pricing
-from billing_tailer.activity import BadValue, Range
+from billing_tailer.activity import Range
 from billing_tailer.errors import TailerError, TooMuch
 from billing_tailer.events import Events
 from billing_tailer.explain import RawLine, explained
+from billing_tailer.given import BadValue, moment
 from billing_tailer.health import Health
 from billing_tailer.ledger import Activity, Chosen, Operator, Place, Reads
 from billing_tailer.model import ExceptionKind
@@ -32,7 +33,7 @@ from billing_tailer.settle import Rules
 from billing_tailer.web.access import Access
 from billing_tailer.web.answers import summary_json
 from billing_tailer.web.chart import chart
-from billing_tailer.web.parameters import BadParameter, identifier, integer
+from billing_tailer.web.parameters import VALUE_CHARACTERS_MAX, identifier, integer, refused
 from billing_tailer.web.rendering import HEADERS, link, page, stamp
 from billing_tailer.web.runs import placed_line
 from billing_tailer.web.sessions import Failures, Sessions, is_from_elsewhere
@@ -122,8 +123,10 @@ class _Pages:
                 return refusal
             try:
                 return await answer(request)
-            except (BadValue, BadParameter) as bad:
-                return self._trouble(request, 400, f"{bad.name} = {bad.value[:120]!r}: {bad.remedy}", "")
+            except BadValue as bad:
+                return self._trouble(
+                    request, 400, f"{bad.name} = {bad.value[:VALUE_CHARACTERS_MAX]!r}: {bad.remedy}", ""
+                )
             except TooMuch as error:
                 return self._trouble(request, 422, error.message, error.hint)
             except TailerError as error:
@@ -145,9 +148,7 @@ class _Pages:
             try:
                 response = await answer(request)
             except BadValue as bad:
-                response = BadParameter(bad.name, bad.value, bad.remedy).response()
-            except BadParameter as bad:
-                response = bad.response()
+                response = refused(bad)
             except TooMuch as error:
                 response = JSONResponse({"error": error.message, "hint": error.hint}, 422)
             except TailerError as error:
@@ -206,7 +207,7 @@ class _Pages:
     async def _export(self, request: Request) -> Response:
         kind = request.path_params["format"]
         if kind not in ("csv", "jsonl"):
-            raise BadParameter("format", kind, "must be csv or jsonl")
+            raise BadValue("format", kind, "must be csv or jsonl")
         chosen_range, chosen = _question(request, (*RANGE_PARAMETERS, "run_id"))
         name = f"receipts-{chosen_range.start:%Y%m%dT%H%M%S}-{chosen_range.end:%Y%m%dT%H%M%S}.{kind}"
         headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
@@ -279,7 +280,7 @@ class _Pages:
         query = _known(request, ("kind", "all", "before"))
         kind, everything = query.get("kind", ""), _flag(query, "all")
         if kind and kind not in list(ExceptionKind):
-            raise BadParameter("kind", kind, f"must be one of {', '.join(ExceptionKind)}")
+            raise BadValue("kind", kind, f"must be one of {', '.join(ExceptionKind)}")
         before = _exception_place(query.get("before", ""))
         rows, progress = await asyncio.gather(
             self._ask(
@@ -316,7 +317,7 @@ class _Pages:
     async def _reconciliation(self, request: Request) -> Response:
         query = _known(request, ("to",))
         now = datetime.now(UTC)
-        end = min(activity.moment("to", query["to"]), now) if query.get("to") else now
+        end = min(moment("to", query["to"]), now) if query.get("to") else now
         rows, progress = await asyncio.gather(
             self._ask(lambda reads: activity.days(reads, end, DAYS, DAYS_SECONDS)), self._progress()
         )
@@ -359,18 +360,18 @@ class _Pages:
 
 
 def _known(request: Request, names: tuple[str, ...]) -> Mapping[str, str]:
-    """The query, each of these once at most. Raises BadParameter."""
+    """The query, each of these once at most. Raises BadValue."""
     for name, value in request.query_params.multi_items():
         if name not in names:
-            raise BadParameter(name, value, f"is not a parameter: use {', '.join(names)}")
+            raise BadValue(name, value, f"is not a parameter: use {', '.join(names)}")
         if len(request.query_params.getlist(name)) > 1:
-            raise BadParameter(name, value, "is given more than once: give it once")
+            raise BadValue(name, value, "is given more than once: give it once")
     return request.query_params
 
 
 def _question(request: Request, names: tuple[str, ...]) -> tuple[Range, Chosen]:
     """The range and which calls of it; a parameter without a value, as forms send it, is not given. Raises
-    BadParameter, BadValue."""
+    BadValue."""
     query = _known(request, names)
     chosen_range = activity.range_of(
         query.get("range", ""), query.get("from", ""), query.get("to", ""), datetime.now(UTC)
@@ -383,7 +384,7 @@ def _place(given: str, chosen_range: Range) -> Place:
     if not given:
         return Place(chosen_range.end)
     time, _, call_id = given.partition("~")
-    place = Place(activity.moment("before", time), call_id and identifier("before", call_id))
+    place = Place(moment("before", time), call_id and identifier("before", call_id))
     return place if place.occurred_at < chosen_range.end else Place(chosen_range.end)
 
 
@@ -392,14 +393,14 @@ def _exception_place(given: str) -> tuple[datetime, str, str, int] | None:
         return None
     time, kind, seq, call_id = [*given.split("~", 3), "", "", ""][:4]
     if not seq.isdecimal() or len(seq) > 9:
-        raise BadParameter("before", given, "must be what the link to older ones has")
-    return activity.moment("before", time), identifier("before", call_id), identifier("before", kind), int(seq)
+        raise BadValue("before", given, "must be what the link to older ones has")
+    return moment("before", time), identifier("before", call_id), identifier("before", kind), int(seq)
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:
     value = query.get(name, "")
     if value not in ("", "true"):
-        raise BadParameter(name, value, "must be true, or left out")
+        raise BadValue(name, value, "must be true, or left out")
     return bool(value)
 
 
