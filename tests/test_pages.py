@@ -109,10 +109,18 @@ def test_logging_out(guarded: Site) -> None:
 def test_https_makes_the_cookie_secure(guarded: Site) -> None:
     assert "; Secure" not in log_in(guarded).headers["set-cookie"]
     assert "; Secure" in log_in(guarded, **{"x-forwarded-proto": "https"}).headers["set-cookie"]
+    through_a_proxy = {"origin": "https://billing.example", "sec-fetch-site": "same-origin", "host": "10.0.0.7:9108"}
+    assert "; Secure" in log_in(guarded, **through_a_proxy).headers["set-cookie"]
 
 
 @pytest.mark.parametrize(
-    "headers", [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}]
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ],
 )
 def test_a_login_from_elsewhere_is_refused(guarded: Site, headers: dict[str, str]) -> None:
     answer = log_in(guarded, **headers)
@@ -175,8 +183,16 @@ def test_dns_rebinding(page: Site) -> None:
 
 def test_headers(guarded: Site) -> None:
     log_in(guarded)
-    for path in (*PAGES[:4], "/login", "/export.csv"):
-        headers = guarded.get(path).headers
+    for method, path, status in (
+        *(("GET", path, 200) for path in (*PAGES[:4], "/login", "/export.csv", "/v1/activity", "/livez")),
+        *(("GET", path, 404) for path in ("/nowhere", "/static/x", "/static/..%2fserver.py", "/calls/x")),
+        *((method, path, 405) for method in ("POST", "OPTIONS") for path in ("/", "/v1/activity", "/metrics")),
+        ("GET", "/?range=x", 400),
+        ("HEAD", "/export.csv", 200),
+    ):
+        answer = guarded.client.request(method, path)
+        assert answer.status_code == status, (method, path)
+        headers = answer.headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy

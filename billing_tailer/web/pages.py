@@ -34,7 +34,7 @@ from billing_tailer.web.access import Access
 from billing_tailer.web.answers import summary_json
 from billing_tailer.web.chart import chart
 from billing_tailer.web.parameters import VALUE_CHARACTERS_MAX, identifier, integer, refused
-from billing_tailer.web.rendering import HEADERS, link, page, stamp
+from billing_tailer.web.rendering import link, page, stamp
 from billing_tailer.web.runs import placed_line
 from billing_tailer.web.sessions import Failures, Sessions, is_from_elsewhere
 
@@ -117,9 +117,8 @@ class _Pages:
             refusal = self._access.refusal(request)
             if refusal is not None and refusal.status_code == 401 and "authorization" not in request.headers:
                 target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-                return RedirectResponse(link("/login", next=target if target != "/" else None), 303, HEADERS)
+                return RedirectResponse(link("/login", next=target if target != "/" else None), 303)
             if refusal is not None:
-                refusal.headers.update(HEADERS)
                 return refusal
             try:
                 return await answer(request)
@@ -146,16 +145,14 @@ class _Pages:
             if refusal is not None:
                 return refusal
             try:
-                response = await answer(request)
+                return await answer(request)
             except BadValue as bad:
-                response = refused(bad)
+                return refused(bad)
             except TooMuch as error:
-                response = JSONResponse({"error": error.message, "hint": error.hint}, 422)
+                return JSONResponse({"error": error.message, "hint": error.hint}, 422)
             except TailerError as error:
                 words = {"error": f"this cannot be read now: {error.message}", "hint": error.hint}
-                response = JSONResponse(words, 503, headers={"Retry-After": "1"})
-            response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
-            return response
+                return JSONResponse(words, 503, headers={"Retry-After": "1"})
 
         return endpoint
 
@@ -210,7 +207,7 @@ class _Pages:
             raise BadValue("format", kind, "must be csv or jsonl")
         chosen_range, chosen = _question(request, (*RANGE_PARAMETERS, "run_id"))
         name = f"receipts-{chosen_range.start:%Y%m%dT%H%M%S}-{chosen_range.end:%Y%m%dT%H%M%S}.{kind}"
-        headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
         media_type = "text/csv" if kind == "csv" else "application/x-ndjson"
         if request.method == "HEAD":
             return Response(None, 200, headers, media_type)
@@ -329,7 +326,7 @@ class _Pages:
     async def _login(self, request: Request) -> Response:
         target = _own_path(request.query_params.get("next", ""))
         if self._sessions is None:
-            return RedirectResponse("/", 303, HEADERS)
+            return RedirectResponse("/", 303)
         if request.method != "POST":
             return page("login.html", target=target, trouble=None)
         address = "" if request.client is None else request.client.host
@@ -344,14 +341,14 @@ class _Pages:
             self._failures.add(address)
             self._events.warning("login.failed", address=address)
             return page("login.html", 401, target=target, trouble="this is not API_TOKEN")
-        response = RedirectResponse(target, 303, HEADERS)
+        response = RedirectResponse(target, 303)
         self._sessions.begin(request, response)
         return response
 
     async def _logout(self, request: Request) -> Response:
         if self._sessions is None or is_from_elsewhere(request):
-            return RedirectResponse("/", 303, HEADERS)
-        response = RedirectResponse("/login", 303, HEADERS)
+            return RedirectResponse("/", 303)
+        response = RedirectResponse("/login", 303)
         self._sessions.end(request, response)
         return response
 
@@ -470,5 +467,5 @@ _STATIC = {
 async def _static(request: Request) -> Response:
     found = _STATIC.get(request.path_params["name"])
     if found is None:
-        return Response("not found", 404, HEADERS)
-    return Response(found[0], 200, {**HEADERS, "Cache-Control": "max-age=3600"}, found[1])
+        return Response("not found", 404)
+    return Response(found[0], 200, {"Cache-Control": "max-age=3600"}, found[1])
