@@ -85,7 +85,7 @@ def by(found: list[dict[str, Any]], name: str) -> dict[Any, tuple[int, Decimal, 
     for row in found:
         amounts = (1, row["cost"], row["credits"], row["tokens_in"], row["tokens_out"], row["cached_tokens"])
         sums[row[name]] = [a + (b or 0) for a, b in zip(sums[row[name]], amounts, strict=True)]
-    return {key: tuple(values) for key, values in sums.items()}  # type: ignore[misc]
+    return {key: tuple(values) for key, values in sums.items()}
 
 
 def told(part: dict[str, Any], calls: str = "calls") -> tuple[int, Decimal, int, int, int, int]:
@@ -144,5 +144,5 @@ def test_everybody_says_the_same(billed: Site, verb: Verb, dsn: str) -> None:
 
     for call_id, row in calls.items():
         explained = verb.json("explain", call_id)
-        amounts = [explained["receipt"]["provider_cost_usd"], *(a["delta_cost_usd"] for a in explained["adjustments"])]
-        assert (sum(map(Decimal, amounts)), explained["total_credits"]) == (row["cost"], row["credits"])
+        costs = [explained["receipt"]["provider_cost_usd"], *(a["delta_cost_usd"] for a in explained["adjustments"])]
+        assert (sum(map(Decimal, costs)), explained["total_credits"]) == (row["cost"], row["credits"])

@@ -399,6 +399,7 @@ def test_amounts_are_written_exactly() -> None:
 def test_changes() -> None:
     assert rendering.change(150, 100) == "▲ +50.0 %"
     assert rendering.change(Decimal(50), Decimal(200)) == "▼ -75.0 %"
+    assert rendering.change(99_999, 100_000) == "▼ less than 0.1 %"
     assert rendering.change(5, 0) == "none before"
     assert rendering.change(0, 0) == "unchanged"
     assert rendering.change(5, None) == "no comparison"

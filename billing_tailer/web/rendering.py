@@ -100,7 +100,8 @@ def change(now: Decimal | int | None, before: Decimal | int | None) -> str:
     moved = (Decimal(now) - before) * 100 / abs(Decimal(before))
     if moved >= 1000:
         return f"{'▲' if moved > 0 else '▼'} \N{MULTIPLICATION SIGN} {(Decimal(now) / before).quantize(Decimal(1)):,f}"
-    return f"{'▲' if moved > 0 else '▼'} {moved.quantize(Decimal('0.1'), ROUND_HALF_EVEN):+} %"
+    arrow, rounded = "▲" if moved > 0 else "▼", moved.quantize(Decimal("0.1"), ROUND_HALF_EVEN)
+    return f"{arrow} {rounded:+} %" if rounded else f"{arrow} less than 0.1 %"
 
 
 def points(now: Decimal | None, before: Decimal | None) -> str:
