@@ -5,7 +5,6 @@ what was charged for them, adjustments included. With a model chosen only charge
 before its spend record came. Everything is read from our own tables, and of all sources together.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -15,14 +14,14 @@ from typing import Any
 
 from billing_tailer import reconcile
 from billing_tailer.errors import TooMuch
+from billing_tailer.given import BadValue, moment
 from billing_tailer.health import Sight
 from billing_tailer.ledger import Activity, Charged, Chosen, Place
-from billing_tailer.model import ExceptionKind
+from billing_tailer.model import ExceptionKind, FileState
 from billing_tailer.spool import is_spool_file
 
 PRESETS = {"1h": timedelta(hours=1), "24h": timedelta(days=1), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 DEFAULT_PRESET = "24h"
-EARLIEST, LATEST = datetime(1970, 1, 1, tzinfo=UTC), datetime(2999, 1, 1, tzinfo=UTC)
 SUMMARY_SECONDS = 14.0
 """So long may it take to add up a range and the one before it."""
 BARS_MAX = 62
@@ -37,14 +36,6 @@ INFORMING = (ExceptionKind.NOT_CHARGED, ExceptionKind.CALL_ID_NOT_FORWARDED, Exc
 CHUNK_ROWS = 500
 """Of an export: a row has 5 KB in memory, and the daemon is to stay small."""
 CHUNK_SECONDS = 4.0
-
-
-class BadValue(ValueError):
-    """A parameter that cannot be used: its name, its value, and what is allowed."""
-
-    def __init__(self, name: str, value: str, remedy: str) -> None:
-        super().__init__(f"{name} = {value!r}: {remedy}")
-        self.name, self.value, self.remedy = name, value, remedy
 
 
 # --- ranges
@@ -85,19 +76,6 @@ def range_of(preset: str, start: str, end: str, now: datetime) -> Range:
     if since >= until:
         raise BadValue("from", start, f"must be before to, which is {until.isoformat()}")
     return Range(since, until)
-
-
-def moment(name: str, given: str) -> datetime:
-    """A time, UTC where it says nothing else. Raises BadValue."""
-    try:
-        found = datetime.fromisoformat(given)
-        found = found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
-    except (ValueError, OverflowError):
-        found = LATEST
-    if not re.match("[0-9]", given) or not EARLIEST <= found < LATEST:
-        remedy = "must be a time from 1970 on, such as 2026-11-22 or 2026-11-22T13:00:00Z; UTC where it says no zone"
-        raise BadValue(name, given, remedy)
-    return found
 
 
 # --- what was charged
@@ -248,7 +226,8 @@ class Progress:
 
 
 def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -> Progress:
-    """standing: of the ledger. sight: what the loop saw of the files of our source."""
+    """standing: of the ledger. sight: what the loop saw of the files of our source, asked for before standing was: then
+    what was seen is committed, or counts as unread."""
     bounds: list[datetime] = []
     why, behind = standing["unknown"], 0
     if why is not None:
@@ -256,7 +235,7 @@ def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -
     elif sight is None:
         why = "this process does not commit at the moment: it stands by, or Postgres is away (see /readyz)"
     elif not sight.whole:
-        why = "not every log file can be seen (see /readyz)"
+        why = "not every log file can be seen and read (see /readyz)"
     else:
         bounds.append(datetime.fromtimestamp(sight.looked_at, UTC) - LINE_AFTER)
     for file in standing["files"]:
@@ -265,13 +244,13 @@ def progress(standing: Mapping[str, Any], sight: Sight | None, source_id: str) -
             size = max(size, sight.sizes.get(file["file_id"], 0))
         unread = max(0, size - file["committed_offset"])
         behind += unread
-        if unread and not is_spool_file(file["path"]):
+        blocked = file["state"] == FileState.BLOCKED  # nobody knows what follows there
+        if (unread or blocked) and not is_spool_file(file["path"]):
             if file["last_call_at"] is None:
-                why = (
-                    why or f"{file['path']}: {unread} bytes are not committed, and no call before them tells their time"
-                )
+                what = "it is blocked" if blocked else f"{unread} bytes are not committed"
+                why = why or f"{file['path']}: {what}, and no call before that tells the time"
             else:
-                bounds.append(file["last_call_at"])
+                bounds.append(file["last_call_at"] - LINE_AFTER)
     opened: Mapping[str, int] = standing["exceptions"]
     informing = sum(opened.get(kind, 0) for kind in INFORMING)
 

@@ -11,9 +11,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from billing_tailer import __version__
-from billing_tailer.errors import TailerError
+from billing_tailer.errors import ConfigError, TailerError
 from billing_tailer.options import AsJson
-from billing_tailer.printing import complain, print_json, print_line
+from billing_tailer.printing import complain, print_json, print_line, write_escapes
 
 ROOMS = {
     "run": "run_cli",
@@ -76,11 +76,16 @@ def _root() -> None:
 
 def main() -> NoReturn:
     """The console script: our own errors become one message and their exit code."""
+    write_escapes()
     try:
         cli(standalone_mode=True)
     except TailerError as error:
         complain(f"billing-tailer: {error}")
         sys.exit(error.exit_code)
+    except UnicodeEncodeError:  # what was typed, on its way to Postgres: it is not repeated, it may be a secret
+        wrong = ConfigError("an argument or a variable is not UTF-8", "write it so, in a locale such as C.UTF-8")
+        complain(f"billing-tailer: {wrong}")
+        sys.exit(wrong.exit_code)
     sys.exit(0)
 
 

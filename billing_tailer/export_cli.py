@@ -17,10 +17,11 @@ from typing import Annotated, TextIO
 import typer
 
 from billing_tailer import activity, configured, exporting
-from billing_tailer.activity import BadValue, Range
+from billing_tailer.activity import Range
 from billing_tailer.errors import ConfigError, TailerError
+from billing_tailer.given import EARLIEST
 from billing_tailer.ledger import Chosen, activity_reads
-from billing_tailer.options import AsJson
+from billing_tailer.options import AsJson, time_given
 from billing_tailer.printing import text
 from billing_tailer.settings import load
 
@@ -67,11 +68,8 @@ def export(
 
 
 def _range(start: str | None, end: str | None) -> Range:
-    try:
-        until = datetime.now(UTC) if end is None else activity.moment("--to", end)
-        since = activity.EARLIEST if start is None else activity.moment("--from", start)
-    except BadValue as bad:
-        raise ConfigError(f"{bad.name} {bad.value!r} is no time", f"it {bad.remedy}") from None
+    until = time_given("--to", end) or datetime.now(UTC)
+    since = time_given("--from", start) or EARLIEST
     if since >= until:
         raise ConfigError(f"--from {since.isoformat()} is not before --to {until.isoformat()}", "name a period of time")
     return Range(since, until)
@@ -81,7 +79,7 @@ def _range(start: str | None, end: str | None) -> Range:
 def _target(output: Path | None) -> Iterator[TextIO]:
     """Where to write: beside the file, which takes its name when all is on disk."""
     if output is None:
-        sys.stdout.reconfigure(newline="")  # type: ignore[union-attr]  # CSV brings its own line ends
+        sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]  # CSV brings its own line ends
         yield sys.stdout
         sys.stdout.flush()
         return

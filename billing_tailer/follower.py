@@ -100,8 +100,8 @@ class Follower:
             return
         self._unreadable = []
         scan, matching = self._look(started)
-        self._looked_at, self._saw_all = started, scan.complete and not scan.problems
         if scan.archives_unknown and self._begins_at_ends():
+            self._looked_at, self._saw_all = started, False
             waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
             self._health.say("files", [waiting])
             return
@@ -122,11 +122,19 @@ class Follower:
                 self._replaced[file.locator] = file.size
         self._let_go(matching, started)
         self._report(scan, matching)
+        self._looked_at, self._saw_all = started, self._is_whole(scan, matching)
         self.registered = registered
         now = time.monotonic()
         pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (now - started))
         self._next_scan = 0.0 if registered else now + pause
         self._at_leisure = now + max(LEISURE_SECONDS, pause)
+
+    def _is_whole(self, scan: Scan, matching: Matching) -> bool:
+        """Whether all log files that there are have a position now, and all but the blocked ones can be read."""
+        if not scan.complete or scan.problems or scan.broken or self._unreadable or matching.longer:
+            return False
+        blocked = {p.path for p in self.positions.values() if p.state is FileState.BLOCKED}
+        return len(matching.new) <= NEW_FILES_MAX and all(file.path in blocked for file in matching.unread)
 
     def _look(self, now: float) -> tuple[Scan, Matching]:
         """Scan and match. What would be ended is looked for a second time: a copy of it may be younger than the

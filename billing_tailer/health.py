@@ -12,7 +12,8 @@ LIVE_SECONDS_MAX = 30.0
 @dataclass(frozen=True, slots=True)
 class Sight:
     """What the loop saw of the log files. looked_at: seconds of the epoch at which its last look at the directories
-    began. sizes: bytes by file_id, of files in sight; whole: that look saw everything it should have."""
+    began. sizes: bytes by file_id, of files in sight; whole: that look saw all files that there should be, and each has
+    a position and can be read, or is blocked."""
 
     looked_at: float
     sizes: Mapping[int, int]

@@ -2,12 +2,13 @@
 
 import os
 import pwd
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 import typer
 
 from billing_tailer.errors import ConfigError
+from billing_tailer.given import BadValue, moment
 from billing_tailer.model import SETTLER
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -43,7 +44,6 @@ def time_given(option: str, given: str | None) -> datetime | None:
     if given is None:
         return None
     try:
-        moment = datetime.fromisoformat(given)
-    except ValueError:
-        raise ConfigError(f"{option} {given!r} is no time", "write it as 2026-11-22 or 2026-11-22T13:00:00Z") from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+        return moment(option, given)
+    except BadValue as bad:
+        raise ConfigError(f"{option} {given!r} is no time", f"it {bad.remedy}") from None

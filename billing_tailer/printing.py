@@ -92,6 +92,12 @@ def age(moment: datetime, now: datetime) -> str:
 # --- what verbs call
 
 
+def write_escapes() -> None:
+    """Of characters that the terminal, the file or the pipe of this process cannot take."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
 def print_json(value: Any) -> None:
     """One JSON document."""
     print(json.dumps(value))

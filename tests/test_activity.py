@@ -1,5 +1,6 @@
 """The numbers of a range on real Postgres: sums, slices, pages of receipts, how far the bill is complete, and plans."""
 
+import errno
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,11 +12,13 @@ import psycopg
 import pytest
 
 from billing_tailer import activity as numbers
-from billing_tailer.activity import BadValue, Range
+from billing_tailer.activity import Range
 from billing_tailer.errors import TooMuch
+from billing_tailer.given import EARLIEST, BadValue
 from billing_tailer.health import Sight
 from billing_tailer.ledger import Activity, Charged, Chosen, Place, activity_reads
 from billing_tailer.ledger.connection import query
+from tests.support.loglines import line
 from tests.support.proof import rows
 from tests.support.site import Site, site
 from tests.support.verbs import Verb
@@ -262,14 +265,14 @@ def test_pages_go_back_over_years(page: Site, reads: Activity) -> None:
     page.bill(2, cost=0.5)
     late = datetime(2036, 1, 1, tzinfo=UTC)
     begun = time.monotonic()
-    chunks = list(numbers.receipts(reads, Range(numbers.EARLIEST, late), Chosen()))
+    chunks = list(numbers.receipts(reads, Range(EARLIEST, late), Chosen()))
     assert [row["call_id"] for chunk in chunks for row in chunk] == ["call-00000002", "call-00000001"]
     assert time.monotonic() - begun < 5
 
 
 def test_receipts_of_a_run(page: Site, reads: Activity) -> None:
     page.bill(1, 2, 102)
-    chunks = numbers.receipts(reads, Range(numbers.EARLIEST, END), Chosen(run_id="run-2"))
+    chunks = numbers.receipts(reads, Range(EARLIEST, END), Chosen(run_id="run-2"))
     assert {row["call_id"] for chunk in chunks for row in chunk} == {"call-00000002", "call-00000102"}
 
 
@@ -321,7 +324,7 @@ def test_complete_up_to_the_oldest_unsettled_call() -> None:
 
 def test_unread_bytes_hold_it_back() -> None:
     """As the loop sees them, or as they were recorded, of missing files and other sources too."""
-    last = NOW - timedelta(minutes=9)
+    last = NOW - timedelta(minutes=9, seconds=1)
     for files, seen in (
         ([{}], 150),
         ([{"size_seen": 150}], 100),
@@ -331,6 +334,14 @@ def test_unread_bytes_hold_it_back() -> None:
         found = numbers.progress(standing(files=files), sight(seen), "default")
         assert (found.complete_to, found.bytes_behind) == (last, 50), files
         assert found.other_sources == tuple({one["source_id"] for one in files if "source_id" in one})
+
+
+def test_a_blocked_file_holds_it_back() -> None:
+    """Also where nothing of it is seen behind the position: nobody knows what stands there now."""
+    last = NOW - timedelta(minutes=9, seconds=1)
+    assert numbers.progress(standing(files=[{"state": "blocked"}]), sight(100), "default").complete_to == last
+    unknown = numbers.progress(standing(files=[{"state": "blocked", "last_call_at": None}]), sight(100), "default")
+    assert "it is blocked" in (unknown.why or "")
 
 
 def test_unread_spend_records_are_bytes_behind() -> None:
@@ -394,6 +405,40 @@ def test_the_loop_tells_what_it_sees(page: Site) -> None:
     page.rig.follower.show(time.time(), waiting=True)
     unseen = page.rig.health.sight()
     assert unseen is None
+
+
+def test_a_new_file_that_cannot_be_opened_is_not_passed_over(page: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is recorded of it, and its calls are not billed: no time is named."""
+    page.bill(1)
+    page.rig.follower.show(time.time(), waiting=False)
+    assert page.activity()["as_of"]["complete_to"] is not None
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(page.rig.files, "place_at", refuse)
+    (page.volume / "audit-2.jsonl").write_bytes(line(2))
+    page.rig.turn()
+    page.rig.follower.show(time.time(), waiting=False)
+    as_of = page.activity()["as_of"]
+    assert as_of["complete_to"] is None
+    assert "not every log file" in as_of["why"]
+
+
+def test_what_comes_after_the_look_is_not_claimed(page: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that is younger than what the ledger said would vouch for a file that the ledger had not heard of."""
+    page.bill(1)
+    page.rig.follower.show(time.time() - 60, waiting=False)
+    real = Activity.standing
+
+    def slow(self: Activity) -> dict[str, Any]:
+        found = real(self)
+        page.rig.follower.show(time.time(), waiting=False)
+        return found
+
+    monkeypatch.setattr(Activity, "standing", slow)
+    complete_to = datetime.fromisoformat(page.activity()["as_of"]["complete_to"])
+    assert complete_to < datetime.now(UTC) - timedelta(seconds=50)
 
 
 # --- days

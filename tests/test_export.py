@@ -118,6 +118,7 @@ def test_a_failed_export_leaves_no_file(
     ("arguments", "words"),
     [
         (("--from", "yesterday"), "--from 'yesterday' is no time"),
+        (("--to", "0001-01-01T00:00:00+14:00"), "it must be a time from 1970 on"),
         (("--from", "2026-11-23", "--to", "2026-11-22"), "is not before --to"),
     ],
 )

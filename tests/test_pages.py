@@ -5,6 +5,7 @@ import http.client
 import json
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -12,10 +13,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import httpx
+import psycopg
 import pytest
 
 from billing_tailer.web import rendering, sessions
 from billing_tailer.web.commands import exception_commands, shell_word
+from billing_tailer.web.pages import EXPORTS_MAX
 from tests.support.proof import rows
 from tests.support.site import DAY, TOKEN, Site, site
 from tests.support.verbs import Verb
@@ -106,10 +109,18 @@ def test_logging_out(guarded: Site) -> None:
 def test_https_makes_the_cookie_secure(guarded: Site) -> None:
     assert "; Secure" not in log_in(guarded).headers["set-cookie"]
     assert "; Secure" in log_in(guarded, **{"x-forwarded-proto": "https"}).headers["set-cookie"]
+    through_a_proxy = {"origin": "https://billing.example", "sec-fetch-site": "same-origin", "host": "10.0.0.7:9108"}
+    assert "; Secure" in log_in(guarded, **through_a_proxy).headers["set-cookie"]
 
 
 @pytest.mark.parametrize(
-    "headers", [{"origin": "https://evil.example"}, {"origin": "null"}, {"sec-fetch-site": "cross-site"}]
+    "headers",
+    [
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+    ],
 )
 def test_a_login_from_elsewhere_is_refused(guarded: Site, headers: dict[str, str]) -> None:
     answer = log_in(guarded, **headers)
@@ -172,8 +183,16 @@ def test_dns_rebinding(page: Site) -> None:
 
 def test_headers(guarded: Site) -> None:
     log_in(guarded)
-    for path in (*PAGES[:4], "/login", "/export.csv"):
-        headers = guarded.get(path).headers
+    for method, path, status in (
+        *(("GET", path, 200) for path in (*PAGES[:4], "/login", "/export.csv", "/v1/activity", "/livez")),
+        *(("GET", path, 404) for path in ("/nowhere", "/static/x", "/static/..%2fserver.py", "/calls/x")),
+        *((method, path, 405) for method in ("POST", "OPTIONS") for path in ("/", "/v1/activity", "/metrics")),
+        ("GET", "/?range=x", 400),
+        ("HEAD", "/export.csv", 200),
+    ):
+        answer = guarded.client.request(method, path)
+        assert answer.status_code == status, (method, path)
+        headers = answer.headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
@@ -380,6 +399,7 @@ def test_amounts_are_written_exactly() -> None:
 def test_changes() -> None:
     assert rendering.change(150, 100) == "▲ +50.0 %"
     assert rendering.change(Decimal(50), Decimal(200)) == "▼ -75.0 %"
+    assert rendering.change(99_999, 100_000) == "▼ less than 0.1 %"
     assert rendering.change(5, 0) == "none before"
     assert rendering.change(0, 0) == "unchanged"
     assert rendering.change(5, None) == "no comparison"
@@ -411,7 +431,7 @@ def test_postgres_away(dsn: str, tmp_path: Path) -> None:
     with site(dsn, tmp_path) as page:
         page.reads._dsn = None
         assert page.get("/", 503).headers["retry-after"] == "1"
-        assert page.get("/v1/activity", 503).json()["error"].startswith("Postgres does not answer")
+        assert page.get("/v1/activity", 503).json()["error"].startswith("this cannot be read now: the database")
         page.get("/static/page.js")
 
 
@@ -430,3 +450,35 @@ def test_an_export_that_fails_is_incomplete(page: Site, monkeypatch: pytest.Monk
     monkeypatch.setattr(page.reads, "submit", failing)
     with pytest.raises((httpx.RemoteProtocolError, http.client.IncompleteRead)):
         page.client.get(f"/export.csv?{DAY}")
+
+
+def test_so_many_exports_at_once(page: Site, dsn: str) -> None:
+    """However close together they are asked for, and whatever became of earlier ones; HEAD reads nothing."""
+    page.bill(1, 2)
+    statuses: list[int] = []
+
+    def ask() -> None:
+        statuses.append(page.client.get(f"/export.csv?{DAY}").status_code)
+
+    askers = [threading.Thread(target=ask) for _ in range(12)]
+    with psycopg.connect(dsn) as other:
+        other.execute("lock table billing.charge_receipts")
+        for one in askers:
+            one.start()
+        deadline = time.monotonic() + 4
+        while len(statuses) < 12 - EXPORTS_MAX and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert statuses == [422] * (12 - EXPORTS_MAX)
+        assert page.client.head(f"/export.csv?{DAY}").status_code == 200
+        with pytest.raises(httpx.ReadTimeout):  # leaves while it waits
+            page.client.get("/", timeout=0.1)
+    for one in askers:
+        one.join()
+    assert statuses[-EXPORTS_MAX:] == [200] * EXPORTS_MAX
+    for _ in range(EXPORTS_MAX + 1):
+        with page.client.stream("GET", f"/export.csv?{DAY}"):
+            pass  # and this one leaves without its rows
+    deadline = time.monotonic() + 5
+    while page.client.get(f"/export.csv?{DAY}").status_code != 200 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    page.get(f"/export.csv?{DAY}")

@@ -310,9 +310,10 @@ def test_woken_by_the_commit_of_the_second_half(
     committed: list[float] = []
     settle = Settler._settle
 
-    def timed(self: Settler, call_ids: Any) -> None:
-        settle(self, call_ids)
+    def timed(self: Settler, call_ids: Any) -> int:
+        settled = settle(self, call_ids)
         committed.append(time.monotonic())
+        return settled
 
     monkeypatch.setattr(Settler, "_settle", timed)
     first, second = (api.spend, api.log) if spend_first else (api.log, api.spend)

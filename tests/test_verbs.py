@@ -13,7 +13,7 @@ from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import rows
 from tests.support.spendlines import payload, spool_line
-from tests.support.verbs import Verb
+from tests.support.verbs import Verb, run_verb
 from tests.test_letters import long_line
 from tests.test_money_cli import call, settle
 
@@ -313,3 +313,40 @@ def test_who_may_prune(verb: Verb, dsn: str, daemon_dsn: str) -> None:
     assert verb.outcome("prune", *WHY)[0] == 2
     assert f"role {role} of BILLING_TAILER_DATABASE_URL may not remove spend records" in verb.stderr
     assert f"set BILLING_TAILER_MIGRATE_DATABASE_URL to a DSN of {owner}, who owns them" in verb.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("receipts", "--since", "0001-01-01T00:00:00+14:00"),
+        ("receipts", "--since", "1969-12-31"),
+        ("reconcile", "--from", "9999-12-31T23:59:59-14:00"),
+        ("reconcile", "--to", "tomorrow"),
+    ],
+)
+def test_wrong_times(verb: Verb, arguments: tuple[str, ...]) -> None:
+    verb(*arguments, code=2)
+    assert f"{arguments[1]} {arguments[2]!r} is no time\n  -> it must be a time from 1970 on" in verb.stderr
+
+
+def test_words_that_are_not_utf_8(verb: Verb) -> None:
+    """As Python hands them to a program where they are none: no traceback, and nothing is repeated."""
+    for arguments in (("explain", "call-\udcff"), ("receipts", "--account", "M\udcfcller")):
+        verb(*arguments, code=2)
+        assert verb.stderr.startswith("billing-tailer: an argument or a variable is not UTF-8\n")
+        assert "ller" not in verb.stderr
+
+
+def test_an_output_that_is_not_utf_8(verb: Verb, dsn: str, log: Path) -> None:
+    """Words are escaped; an export is UTF-8 wherever it goes."""
+    log.write_bytes(line(1, end_user="Müller", litellm_call_id="call-é"))
+    (log.parent / "callbacks-test.jsonl").write_bytes(spool_line(payload(1, litellm_call_id="call-é")))
+    with following(dsn, log.parent):
+        pass
+    variables = {"BILLING_TAILER_DATABASE_URL": dsn, "PYTHONIOENCODING": "ascii"}
+    told = run_verb(variables, "explain", "call-é")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "call-\\xe9" in told.stdout
+    exported = run_verb({**variables, "PYTHONIOENCODING": "latin-1"}, "export")
+    assert ",Müller," in exported.stdout
+    assert "call-é," in exported.stdout

@@ -18,12 +18,14 @@ from urllib.parse import parse_qs
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
 
 from billing_tailer import activity, exporting, pricing
-from billing_tailer.activity import BadValue, Range
+from billing_tailer.activity import Range
 from billing_tailer.errors import TailerError, TooMuch
 from billing_tailer.events import Events
 from billing_tailer.explain import RawLine, explained
+from billing_tailer.given import BadValue, moment
 from billing_tailer.health import Health
 from billing_tailer.ledger import Activity, Chosen, Operator, Place, Reads
 from billing_tailer.model import ExceptionKind
@@ -31,8 +33,8 @@ from billing_tailer.settle import Rules
 from billing_tailer.web.access import Access
 from billing_tailer.web.answers import summary_json
 from billing_tailer.web.chart import chart
-from billing_tailer.web.parameters import BadParameter, identifier, integer
-from billing_tailer.web.rendering import HEADERS, link, page, stamp
+from billing_tailer.web.parameters import VALUE_CHARACTERS_MAX, identifier, integer, refused
+from billing_tailer.web.rendering import link, page, stamp
 from billing_tailer.web.runs import placed_line
 from billing_tailer.web.sessions import Failures, Sessions, is_from_elsewhere
 
@@ -46,8 +48,8 @@ DAYS: Final = 14
 DAYS_SECONDS: Final = 14.0
 TOP: Final = 8
 TOP_JSON: Final = 100
-EXPORTS_MAX: Final = 4
-"""Exports at once."""
+EXPORTS_MAX: Final = 2
+"""Exports at once: each holds some megabytes, of the few that the daemon may have."""
 FORM_BYTES_MAX: Final = 4096
 RANGE_PARAMETERS: Final = ("range", "from", "to", "account", "model")
 
@@ -115,18 +117,19 @@ class _Pages:
             refusal = self._access.refusal(request)
             if refusal is not None and refusal.status_code == 401 and "authorization" not in request.headers:
                 target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
-                return RedirectResponse(link("/login", next=target if target != "/" else None), 303, HEADERS)
+                return RedirectResponse(link("/login", next=target if target != "/" else None), 303)
             if refusal is not None:
-                refusal.headers.update(HEADERS)
                 return refusal
             try:
                 return await answer(request)
-            except (BadValue, BadParameter) as bad:
-                return self._trouble(request, 400, f"{bad.name} = {bad.value[:120]!r}: {bad.remedy}", "")
+            except BadValue as bad:
+                return self._trouble(
+                    request, 400, f"{bad.name} = {bad.value[:VALUE_CHARACTERS_MAX]!r}: {bad.remedy}", ""
+                )
             except TooMuch as error:
                 return self._trouble(request, 422, error.message, error.hint)
             except TailerError as error:
-                return self._trouble(request, 503, f"Postgres does not answer: {error.message}", error.hint)
+                return self._trouble(request, 503, f"This cannot be read now: {error.message}", error.hint)
 
         return endpoint
 
@@ -142,18 +145,14 @@ class _Pages:
             if refusal is not None:
                 return refusal
             try:
-                response = await answer(request)
+                return await answer(request)
             except BadValue as bad:
-                response = BadParameter(bad.name, bad.value, bad.remedy).response()
-            except BadParameter as bad:
-                response = bad.response()
+                return refused(bad)
             except TooMuch as error:
-                response = JSONResponse({"error": error.message, "hint": error.hint}, 422)
+                return JSONResponse({"error": error.message, "hint": error.hint}, 422)
             except TailerError as error:
-                words = {"error": f"Postgres does not answer: {error.message}", "hint": error.hint}
-                response = JSONResponse(words, 503, headers={"Retry-After": "1"})
-            response.headers.update({"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"})
-            return response
+                words = {"error": f"this cannot be read now: {error.message}", "hint": error.hint}
+                return JSONResponse(words, 503, headers={"Retry-After": "1"})
 
         return endpoint
 
@@ -164,8 +163,8 @@ class _Pages:
         return await asyncio.wrap_future(self._reads.submit(lambda connection: read(Activity(connection))))
 
     async def _progress(self) -> activity.Progress:
-        standing = await self._ask(Activity.standing)
-        return activity.progress(standing, self._health.sight(), self._source_id)
+        sight = self._health.sight()  # first: see activity.progress
+        return activity.progress(await self._ask(Activity.standing), sight, self._source_id)
 
     # --- the activity
 
@@ -205,32 +204,47 @@ class _Pages:
     async def _export(self, request: Request) -> Response:
         kind = request.path_params["format"]
         if kind not in ("csv", "jsonl"):
-            raise BadParameter("format", kind, "must be csv or jsonl")
+            raise BadValue("format", kind, "must be csv or jsonl")
         chosen_range, chosen = _question(request, (*RANGE_PARAMETERS, "run_id"))
+        name = f"receipts-{chosen_range.start:%Y%m%dT%H%M%S}-{chosen_range.end:%Y%m%dT%H%M%S}.{kind}"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        media_type = "text/csv" if kind == "csv" else "application/x-ndjson"
+        if request.method == "HEAD":
+            return Response(None, 200, headers, media_type)
         if self._exports >= EXPORTS_MAX:
             raise TooMuch(f"{EXPORTS_MAX} exports are under way", "wait for one of them, or use billing-tailer export")
-        width = timedelta(hours=1)
-        first = await self._ask(lambda reads: reads.receipts(*_chunk(chosen_range, chosen, width)))
-        name = f"receipts-{chosen_range.start:%Y%m%dT%H%M%S}-{chosen_range.end:%Y%m%dT%H%M%S}.{kind}"
-        headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{name}"'}
-        media_type = "text/csv" if kind == "csv" else "application/x-ndjson"
-        return StreamingResponse(self._chunks(kind, chosen_range, chosen, first), 200, headers, media_type)
-
-    async def _chunks(self, kind: str, chosen_range: Range, chosen: Chosen, first: Any) -> AsyncIterator[str]:
-        """Breaks off where Postgres does not answer any more: the client sees an incomplete body."""
         self._exports += 1
         try:
-            if kind == "csv":
-                yield exporting.csv_header()
-            rows, place, width = first
-            while True:
-                yield exporting.csv_rows(rows) if kind == "csv" else exporting.json_rows(rows)
-                if place is None:
-                    return
-                arguments = _chunk(Range(chosen_range.start, chosen_range.end), chosen, width, place)
-                rows, place, width = await self._ask(lambda reads, given=arguments: reads.receipts(*given))  # type: ignore[misc]
-        finally:
+            chunks = self._chunks(kind, chosen_range, chosen)
+            first = await anext(chunks)  # what fails at once is answered as an error
+        except BaseException:
             self._exports -= 1
+            raise
+        return _Export(first, chunks, headers, media_type, self._export_ended)
+
+    def _export_ended(self) -> None:
+        self._exports -= 1
+
+    async def _chunks(self, kind: str, chosen_range: Range, chosen: Chosen) -> AsyncIterator[str]:
+        """Text of some rows at a time, the first with the header. Breaks off where Postgres does not answer any more:
+        the client sees an incomplete body."""
+        text_of = exporting.csv_rows if kind == "csv" else exporting.json_rows
+        header = exporting.csv_header() if kind == "csv" else ""
+        place: Place | None = Place(chosen_range.end)
+        width = timedelta(hours=1)
+        while place is not None:
+
+            def read(
+                reads: Activity, at: Place = place, back: timedelta = width
+            ) -> tuple[str, Place | None, timedelta]:
+                rows, older, wider = reads.receipts(
+                    chosen_range.start, at, chosen, activity.CHUNK_ROWS, back, activity.CHUNK_SECONDS
+                )
+                return text_of(rows), older, wider  # in the thread that reads, and the rows are not kept
+
+            text, place, width = await self._ask(read)
+            yield header + text
+            header = ""
 
     # --- a call
 
@@ -263,7 +277,7 @@ class _Pages:
         query = _known(request, ("kind", "all", "before"))
         kind, everything = query.get("kind", ""), _flag(query, "all")
         if kind and kind not in list(ExceptionKind):
-            raise BadParameter("kind", kind, f"must be one of {', '.join(ExceptionKind)}")
+            raise BadValue("kind", kind, f"must be one of {', '.join(ExceptionKind)}")
         before = _exception_place(query.get("before", ""))
         rows, progress = await asyncio.gather(
             self._ask(
@@ -300,7 +314,7 @@ class _Pages:
     async def _reconciliation(self, request: Request) -> Response:
         query = _known(request, ("to",))
         now = datetime.now(UTC)
-        end = min(activity.moment("to", query["to"]), now) if query.get("to") else now
+        end = min(moment("to", query["to"]), now) if query.get("to") else now
         rows, progress = await asyncio.gather(
             self._ask(lambda reads: activity.days(reads, end, DAYS, DAYS_SECONDS)), self._progress()
         )
@@ -312,7 +326,7 @@ class _Pages:
     async def _login(self, request: Request) -> Response:
         target = _own_path(request.query_params.get("next", ""))
         if self._sessions is None:
-            return RedirectResponse("/", 303, HEADERS)
+            return RedirectResponse("/", 303)
         if request.method != "POST":
             return page("login.html", target=target, trouble=None)
         address = "" if request.client is None else request.client.host
@@ -327,14 +341,14 @@ class _Pages:
             self._failures.add(address)
             self._events.warning("login.failed", address=address)
             return page("login.html", 401, target=target, trouble="this is not API_TOKEN")
-        response = RedirectResponse(target, 303, HEADERS)
+        response = RedirectResponse(target, 303)
         self._sessions.begin(request, response)
         return response
 
     async def _logout(self, request: Request) -> Response:
         if self._sessions is None or is_from_elsewhere(request):
-            return RedirectResponse("/", 303, HEADERS)
-        response = RedirectResponse("/login", 303, HEADERS)
+            return RedirectResponse("/", 303)
+        response = RedirectResponse("/login", 303)
         self._sessions.end(request, response)
         return response
 
@@ -343,18 +357,18 @@ class _Pages:
 
 
 def _known(request: Request, names: tuple[str, ...]) -> Mapping[str, str]:
-    """The query, each of these once at most. Raises BadParameter."""
+    """The query, each of these once at most. Raises BadValue."""
     for name, value in request.query_params.multi_items():
         if name not in names:
-            raise BadParameter(name, value, f"is not a parameter: use {', '.join(names)}")
+            raise BadValue(name, value, f"is not a parameter: use {', '.join(names)}")
         if len(request.query_params.getlist(name)) > 1:
-            raise BadParameter(name, value, "is given more than once: give it once")
+            raise BadValue(name, value, "is given more than once: give it once")
     return request.query_params
 
 
 def _question(request: Request, names: tuple[str, ...]) -> tuple[Range, Chosen]:
     """The range and which calls of it; a parameter without a value, as forms send it, is not given. Raises
-    BadParameter, BadValue."""
+    BadValue."""
     query = _known(request, names)
     chosen_range = activity.range_of(
         query.get("range", ""), query.get("from", ""), query.get("to", ""), datetime.now(UTC)
@@ -367,7 +381,7 @@ def _place(given: str, chosen_range: Range) -> Place:
     if not given:
         return Place(chosen_range.end)
     time, _, call_id = given.partition("~")
-    place = Place(activity.moment("before", time), call_id and identifier("before", call_id))
+    place = Place(moment("before", time), call_id and identifier("before", call_id))
     return place if place.occurred_at < chosen_range.end else Place(chosen_range.end)
 
 
@@ -376,14 +390,14 @@ def _exception_place(given: str) -> tuple[datetime, str, str, int] | None:
         return None
     time, kind, seq, call_id = [*given.split("~", 3), "", "", ""][:4]
     if not seq.isdecimal() or len(seq) > 9:
-        raise BadParameter("before", given, "must be what the link to older ones has")
-    return activity.moment("before", time), identifier("before", call_id), identifier("before", kind), int(seq)
+        raise BadValue("before", given, "must be what the link to older ones has")
+    return moment("before", time), identifier("before", call_id), identifier("before", kind), int(seq)
 
 
 def _flag(query: Mapping[str, str], name: str) -> bool:
     value = query.get(name, "")
     if value not in ("", "true"):
-        raise BadParameter(name, value, "must be true, or left out")
+        raise BadValue(name, value, "must be true, or left out")
     return bool(value)
 
 
@@ -407,15 +421,37 @@ async def _form_value(request: Request, name: str) -> str:
 # --- small things
 
 
+class _Export(StreamingResponse):
+    """A download, which says when it is over, however it ends."""
+
+    def __init__(
+        self,
+        first: str,
+        rest: AsyncIterator[str],
+        headers: Mapping[str, str],
+        media_type: str,
+        ended: Callable[[], None],
+    ) -> None:
+        self._ended = ended
+        super().__init__(_after(first, rest), 200, headers, media_type)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._ended()
+
+
+async def _after(first: str, rest: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    del first
+    async for chunk in rest:
+        yield chunk
+
+
 def _summary(chosen_range: Range, chosen: Chosen, reads: Activity) -> activity.Summary:
     return activity.summary(reads, chosen_range, chosen)
-
-
-def _chunk(
-    chosen_range: Range, chosen: Chosen, width: timedelta, place: Place | None = None
-) -> tuple[datetime, Place, Chosen, int, timedelta, float]:
-    place = place or Place(chosen_range.end)
-    return chosen_range.start, place, chosen, activity.CHUNK_ROWS, width, activity.CHUNK_SECONDS
 
 
 async def _nothing() -> None:
@@ -431,5 +467,5 @@ _STATIC = {
 async def _static(request: Request) -> Response:
     found = _STATIC.get(request.path_params["name"])
     if found is None:
-        return Response("not found", 404, HEADERS)
-    return Response(found[0], 200, {**HEADERS, "Cache-Control": "max-age=3600"}, found[1])
+        return Response("not found", 404)
+    return Response(found[0], 200, {"Cache-Control": "max-age=3600"}, found[1])

@@ -19,15 +19,6 @@ from billing_tailer import __version__
 from billing_tailer.printing import text
 from billing_tailer.web import commands
 
-HEADERS: Mapping[str, str] = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # no-referrer would take the origin from our own forms as well
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 ABSENT = "\N{EN DASH}"
 DECIMALS_MIN = 6
 
@@ -35,7 +26,7 @@ DECIMALS_MIN = 6
 def page(template: str, status: int = 200, headers: Mapping[str, str] | None = None, **words: Any) -> Response:
     """A page from a template of ours."""
     body = _ENVIRONMENT.get_template(template).render(version=__version__, **words)
-    return Response(body, status, {**HEADERS, **(headers or {})}, "text/html")
+    return Response(body, status, headers, "text/html")
 
 
 def link(path: str, **parameters: object) -> str:
@@ -109,7 +100,8 @@ def change(now: Decimal | int | None, before: Decimal | int | None) -> str:
     moved = (Decimal(now) - before) * 100 / abs(Decimal(before))
     if moved >= 1000:
         return f"{'▲' if moved > 0 else '▼'} \N{MULTIPLICATION SIGN} {(Decimal(now) / before).quantize(Decimal(1)):,f}"
-    return f"{'▲' if moved > 0 else '▼'} {moved.quantize(Decimal('0.1'), ROUND_HALF_EVEN):+} %"
+    arrow, rounded = "▲" if moved > 0 else "▼", moved.quantize(Decimal("0.1"), ROUND_HALF_EVEN)
+    return f"{arrow} {rounded:+} %" if rounded else f"{arrow} less than 0.1 %"
 
 
 def points(now: Decimal | None, before: Decimal | None) -> str:

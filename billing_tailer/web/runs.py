@@ -26,9 +26,10 @@ from starlette.routing import BaseRoute, Route
 
 from billing_tailer.errors import TailerError
 from billing_tailer.files import read_range
+from billing_tailer.given import BadValue
 from billing_tailer.ledger import Reads, RunStatus
 from billing_tailer.web.access import Access
-from billing_tailer.web.parameters import BadParameter, identifier, integer
+from billing_tailer.web.parameters import identifier, integer, refused
 from billing_tailer.web.waiters import TooManyWaiting, Waiters
 
 WAIT_SECONDS_MAX = 60
@@ -55,8 +56,8 @@ def run_routes(token: str | None, reads: Reads, waiters: Waiters) -> list[BaseRo
                 return refusal
             try:
                 return await answer(request)
-            except BadParameter as bad:
-                return bad.response()
+            except BadValue as bad:
+                return refused(bad)
             except TooManyWaiting:
                 return _unavailable("too many clients wait already", "try again in a second")
             except TailerError as error:
@@ -103,24 +104,24 @@ _PARAMETERS = ("wait_seconds", "calls", "call_id", "details", "after", "limit")
 
 
 def _question(request: Request) -> _Question:
-    """Raises BadParameter."""
+    """Raises BadValue."""
     query = request.query_params
     for name, value in query.multi_items():
         if name not in _PARAMETERS:
-            raise BadParameter(name, value, f"is not a parameter: use {', '.join(_PARAMETERS)}")
+            raise BadValue(name, value, f"is not a parameter: use {', '.join(_PARAMETERS)}")
         if name != "call_id" and len(query.getlist(name)) > 1:
-            raise BadParameter(name, value, "is given more than once: give it once")
+            raise BadValue(name, value, "is given more than once: give it once")
     named = query.getlist("call_id")
     if named and "calls" in query:
-        raise BadParameter("calls", query["calls"], "is given together with call_id: give one of them")
+        raise BadValue("calls", query["calls"], "is given together with call_id: give one of them")
     if len(named) > NAMED_MAX:
-        raise BadParameter("call_id", str(len(named)), f"at most {NAMED_MAX} of them: use calls=N for more")
+        raise BadValue("call_id", str(len(named)), f"at most {NAMED_MAX} of them: use calls=N for more")
     details = query.get("details", "false")
     if details not in ("true", "false"):
-        raise BadParameter("details", details, "must be true or false")
+        raise BadValue("details", details, "must be true or false")
     for name in ("after", "limit"):
         if name in query and details == "false":
-            raise BadParameter(name, query[name], "belongs to the list of calls: add details=true")
+            raise BadValue(name, query[name], "belongs to the list of calls: add details=true")
     after = query.get("after", "")
     return _Question(
         run_id=identifier("run_id", request.path_params["run_id"]),
@@ -136,7 +137,7 @@ def _question(request: Request) -> _Question:
 def _seconds(value: str) -> float:
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", value) or float(value) > WAIT_SECONDS_MAX:
         remedy = f"must be a number of seconds from 0 to {WAIT_SECONDS_MAX}: ask again to wait longer"
-        raise BadParameter("wait_seconds", value, remedy)
+        raise BadValue("wait_seconds", value, remedy)
     return float(value)
 
 
@@ -228,7 +229,7 @@ _CREDITS = ("charged_credits", "delta_credits")
 
 async def _call(request: Request, reads: Reads) -> Response:
     for name, value in request.query_params.multi_items():
-        raise BadParameter(name, value, "is not a parameter: this takes none")
+        raise BadValue(name, value, "is not a parameter: this takes none")
     call_id = identifier("call_id", request.path_params["call_id"])
     found = await asyncio.wrap_future(reads.call(call_id))
     if found["fact"] is None and not found["records"]:

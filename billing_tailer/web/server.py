@@ -22,6 +22,7 @@ from billing_tailer.web.connections import (
     connection_class,
     without_ambiguous,
 )
+from billing_tailer.web.headers import with_headers
 
 STOP_SECONDS_MAX = 2.0
 LISTEN_BACKLOG = 1024
@@ -57,7 +58,7 @@ class HttpServer:
             ) from None
         self.port = int(listener.getsockname()[1])
         config = uvicorn.Config(
-            without_ambiguous(application(self._events, self._health, self._routes)),
+            with_headers(without_ambiguous(application(self._events, self._health, self._routes))),
             http=connection_class(),
             ws="none",
             h11_max_incomplete_event_size=HEAD_BYTES_MAX,

@@ -44,14 +44,14 @@ class Sessions:
             f"{expiry}.{nonce}.{self._signature(expiry, nonce)}",
             max_age=SESSION_SECONDS,
             path="/",
-            secure=request.url.scheme == "https",
+            secure=_is_https(request),
             httponly=True,
             samesite="strict",
         )
 
     def end(self, request: Request, response: Response) -> None:
         """Let the answer remove the cookie."""
-        response.delete_cookie(COOKIE, path="/", secure=request.url.scheme == "https", httponly=True, samesite="strict")
+        response.delete_cookie(COOKIE, path="/", secure=_is_https(request), httponly=True, samesite="strict")
 
     def holds(self, request: Request) -> bool:
         """Whether a request carries a cookie of ours that has not expired."""
@@ -91,10 +91,17 @@ class Failures:
         return [moment for moment in self._times.get(address, []) if moment > since]
 
 
+def _is_https(request: Request) -> bool:
+    """Whether the browser's own way is https: it says so in the origin of a form, whichever proxy ends TLS."""
+    return request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")
+
+
 def is_from_elsewhere(request: Request) -> bool:
-    """Whether a form was sent by a page of another origin. Browsers name the origin of every POST; where there is none,
-    the sender is no browser, or one that says so itself."""
-    origin = request.headers.get("origin")
+    """Whether a form was sent by a page of another origin. Browsers say so themselves where they talk https; else they
+    name the origin of every POST, which must be the Host. Where there is neither, the sender is no browser."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
     if origin is None:
-        return request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+        return False
     return origin.partition("://")[2].lower() != request.headers.get("host", "").lower()

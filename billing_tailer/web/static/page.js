@@ -6,8 +6,10 @@ const box = document.getElementById("refresh");
 
 async function refresh() {
   if (document.hidden) return;
+  const label = box.closest("label");
   try {
     const answer = await fetch(location.href, { redirect: "error" });
+    label.toggleAttribute("data-failed", !answer.ok);
     if (!answer.ok) return;
     const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
     for (const old of document.querySelectorAll("[data-live]")) {
@@ -19,7 +21,7 @@ async function refresh() {
       old.replaceWith(document.adoptNode(found));
     }
   } catch {
-    // the next time, perhaps
+    label.toggleAttribute("data-failed", true); // the next time, perhaps
   }
 }
 
