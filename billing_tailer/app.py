@@ -5,6 +5,7 @@ However the loop hangs, the process ends within five seconds of SIGTERM, and nev
 ::test_the_embedded_postgres_dies).
 """
 
+import ctypes
 import os
 import queue
 import resource
@@ -48,6 +49,8 @@ from billing_tailer.web.waiters import Waiters
 
 ABORT_SECONDS = 3.0
 """So long after SIGTERM a hanging transaction is cut."""
+M_ARENA_MAX = -8
+"""Of malloc.h."""
 EXIT_SECONDS = 4.5
 """So long after SIGTERM the process ends whatever hangs: what is not committed is read again."""
 WATCH_SECONDS = 0.5
@@ -136,9 +139,18 @@ class Ending:
         os._exit(0 if self.died is None else 1)
 
 
+def _share_one_heap() -> None:
+    """Before threads are made: glibc would give each of them a heap of its own, which it fills and hardly gives back.
+    With pages and exports in use that was 92 MB resident instead of 86. Another libc has no such thing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
+
+
 def run(settings: Settings) -> int:
     """The daemon, until SIGTERM or SIGINT. Returns the exit code; raises TailerError."""
     configure_logging(settings.log_level, settings.log_format)
+    _share_one_heap()
     # log files that are held open and clients that wait share the limit, of which the soft part is often 1024
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
     events, health = Events(), Health()
