@@ -336,9 +336,9 @@ def _occurred_at(fields: dict[str, Any]) -> datetime:
 
 
 def _at(seconds: str) -> datetime:
-    """Seconds since the epoch with at most six decimals. A float is exact enough: at this size its neighbours are a
-    quarter of a microsecond apart, and the result is rounded to the nearest microsecond."""
-    return datetime.fromtimestamp(float(seconds), UTC)
+    """Seconds since the epoch with at most six decimals, exactly: from 2242 on, a float may be a microsecond off."""
+    second, _, fraction = seconds.partition(".")
+    return datetime.fromtimestamp(int(second), UTC).replace(microsecond=int(f"{fraction:0<6}"))
 
 
 def _time_of(value: object, name: str) -> datetime:

@@ -8,6 +8,7 @@ is read by `audit`. A line has the same outcome and the same row on both ways
 """
 
 import re
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -20,8 +21,9 @@ from billing_tailer.model import FactRow, Rejected, Skip, UsageFact
 from billing_tailer.rows import row_of, shared_text
 
 SHAPES_MAX = 4096
-SHAPE_CHARS_MAX = 1024
-"""Clients choose some of these values: only so many and so long ones are remembered."""
+SHAPE_BYTES_MAX = 1536
+"""Clients choose some of these values: only so many and so large ones are remembered. In memory, which one odd
+character makes four times as large as its text."""
 
 _shared = itemgetter(
     "method",
@@ -101,7 +103,11 @@ def _is_common(fact: UsageFact, shape: Shape) -> bool:
     values, requested_model = shape
     texts = [*values, requested_model or ""]
     # values of other types can be equal (1, 1.0, true): no shape may be known by them
-    return fact.id_echoed and all(type(text) is str for text in texts) and sum(map(len, texts)) <= SHAPE_CHARS_MAX
+    return (
+        fact.id_echoed
+        and all(type(text) is str for text in texts)
+        and sum(map(sys.getsizeof, texts)) <= SHAPE_BYTES_MAX
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -256,7 +256,7 @@ def exceptions_close(
         )
         given_up = given_up and kind in _HOLDING
         if not dry_run:
-            ledger.write(call_id, decision)
+            ledger.close(decision.closed[0])
             if given_up:
                 ledger.give_up(call_id)
     _print_change(call_id, decision, dry_run, as_json)

@@ -4,7 +4,8 @@ After each commit the calls it touched are decided at once; a sweep every few se
 two transactions, and what only time decides (quiet failures, the deadline). It goes through the calls that wait page by
 page, at once where it finds something to do, and spends a fifth of the loop's time at most where it does not. Calls
 that an exception stops are not among them: a record touches them, LiteLLM is asked for them by name, ever more seldom,
-and a process that becomes the owner goes through them once, since its settings may decide them (tests/test_stopped.py).
+and a process that becomes the owner goes through them once, since its settings may decide them, or nothing stop them
+any more (tests/test_stopped.py).
 
 Holds ORDER_DOES_NOT_MATTER and ONE_RECEIPT_PER_CALL together with `settle` and `ledger` (tests/test_settler.py).
 """
@@ -73,10 +74,11 @@ class Settler:
         self._next_review = 0.0
         self._reviewed_to: tuple[str, str] | None = None
         self._reviewed = False
+        self._resumed_to: str | None = ""
         self._next_count = 0.0
         self._next_poll = 0.0
         self._poll_from: datetime | None = None
-        self._late_from: datetime | None = None
+        self._late_from: tuple[datetime, str] | None = None
         self._polls: list[tuple[datetime, datetime, datetime]] = []
 
     def begin(self) -> None:
@@ -84,6 +86,7 @@ class Settler:
         self._next_sweep = self._next_review = 0.0
         self._swept_to = self._reviewed_to = None
         self._reviewed = False
+        self._resumed_to = ""
 
     def decidable(self, call_ids: Collection[str]) -> list[str]:
         """Those of the calls of a plan that was committed just now of whose cost anything is known."""
@@ -102,6 +105,8 @@ class Settler:
             more = self._poll(self._poller)
         if not self._reviewed and time.monotonic() >= self._next_review:
             more = self._review() or more
+        if self._reviewed and self._resumed_to is not None and time.monotonic() >= self._next_review:
+            self._resume(self._resumed_to)
         if time.monotonic() >= self._next_sweep:
             more = self._sweep() or more
         return more
@@ -131,6 +136,12 @@ class Settler:
         at_once = not self._reviewed and changed
         self._next_review = _next(began, at_once=at_once, more=True)
         return at_once
+
+    def _resume(self, after_call: str) -> None:
+        """A page of the calls that are out of the sweep's way: nothing may stop them any more."""
+        began = time.monotonic()
+        self._resumed_to = self._ledger.resume_calls(after_call, PAGE_CALLS)
+        self._next_review = _next(began, at_once=False, more=True)
 
     def _settle_all(self, call_ids: Collection[str]) -> bool:
         """Decide calls in batches; whether anything was decided."""
@@ -172,7 +183,7 @@ class Settler:
             # the end is reached: from the oldest again
             window = self._ledger.poll_window(None, self._late_from, ASKED_BY_NAME_MAX)
             self._poll_from = None
-        self._late_from = max(window.late.values(), default=None)
+        self._late_from = max(((start, call_id) for call_id, start in window.late.items()), default=None)
         self._next_poll = time.monotonic() + POLL_SECONDS
         if window.span is not None or window.late or window.given_up:
             poller.ask(window)

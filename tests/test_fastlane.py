@@ -111,6 +111,7 @@ def test_common_lines_are_fast() -> None:
         {"msec": "1795307912."},
         {"msec": "1795307912.1234567"},
         {"msec": "179530791"},
+        {"msec": "9548528405.901877"},
         {"msec": "17953079123.5"},
         {"msec": 1795307912.5},
         {"msec": ""},
@@ -217,6 +218,10 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not parser.is_fast(compact({**FIELDS, "run_id": "run-0"}))
     parser.agrees(long := compact({**FIELDS, "end_user": "a" * 200, "spend_logs_metadata": "x" * 1000}))
     assert not parser.is_fast(long)
+    parser.agrees(odd := compact({**FIELDS, "spend_logs_metadata": "\N{GRINNING FACE}" + "x" * 400}))
+    assert not parser.is_fast(odd)
+    parser.agrees(like := compact({**FIELDS, "spend_logs_metadata": "ü" + "x" * 400}))
+    assert parser.is_fast(like)
 
 
 def test_skips_and_rejections_pass_through() -> None:

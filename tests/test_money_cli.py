@@ -336,6 +336,35 @@ def test_a_closed_call_can_still_be_released(verb: Verb, dsn: str, log: Path) ->
     assert count(dsn, "charge_receipts") == 1
 
 
+def test_closing_what_is_said_of_a_settled_call(verb: Verb, dsn: str, log: Path) -> None:
+    """It waits for nothing, also where a record that is held is open about it."""
+    with following(dsn, log.parent) as rig:
+        log.write_bytes(line(0, requested_model="other"))
+        spool(log, payload(0))
+        rig.turn()
+        spool(log, payload(0, 0.0, id="second"))
+        rig.turn()
+        assert {one["kind"] for one in verb.json("exceptions", "list")} == {"held_zero_cost", "model_mismatch"}
+        verb("exceptions", "close", call(0), "model_mismatch", "--reason", "r")
+        sweep(rig)
+        assert unsettled(dsn) == []
+        verb("exceptions", "close", call(0), "held_zero_cost", "--reason", "r")
+        sweep(rig)
+        assert (unsettled(dsn), count(dsn, "touched_calls"), count(dsn, "charge_receipts")) == ([], 0, 1)
+
+
+def test_a_call_that_was_given_up_stays_so(verb: Verb, dsn: str, log: Path) -> None:
+    """Also when something else about it is closed afterwards."""
+    with following(dsn, log.parent, deadline_seconds=0) as rig:
+        log.write_bytes(line(0, call_id="another"))
+        rig.turn()
+        sweep(rig)
+        verb("exceptions", "close", call(0), "overdue", "--reason", "r")
+        verb("exceptions", "close", call(0), "call_id_not_forwarded", "--reason", "r")
+        sweep(rig)
+        assert unsettled(dsn) == []
+
+
 # --- adjust
 
 

@@ -107,6 +107,27 @@ def test_other_settings_are_tried_page_by_page(dsn: str, tmp_path: Path, monkeyp
     assert (len(billed(dsn)), set(kinds(dsn).values())) == (5, {"overdue"})
 
 
+def test_a_call_that_nothing_stops_any_more_waits_again(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon of before the migration, which went on beside it, closed exceptions and knew nothing of `ask_at`."""
+    monkeypatch.setattr(settler, "PAGE_CALLS", 2)
+    log(tmp_path, b"".join(line(number, request_completion="") for number in range(5)))
+    with following(dsn, tmp_path, deadline_seconds=0) as rig:
+        sweep(rig)
+        spool(tmp_path, *(failure(number, 0.0000081) for number in range(4)))
+    with following(dsn, tmp_path):
+        pass
+    execute(dsn, "update unsettled_facts set ask_at = now() + interval '1 hour'")
+    with following(dsn, tmp_path, deadline_seconds=0) as rig:
+        for _ in range(3):
+            rig.tailer._settler._next_review = 0.0
+            rig.tailer._settler.turn()
+        sweep(rig)
+    assert len(billed(dsn)) == 4
+    assert (kinds(dsn), list(asks(dsn).values())) == ({"call-00000004": "overdue"}, [60])
+
+
 # --- asking by name --------------------------------------------------------------------------------------------------
 
 
@@ -154,15 +175,17 @@ def test_asked_for_where_nothing_else_waits(dsn: str, tmp_path: Path) -> None:
         assert list(rig.ledger.poll_window(None, None, 10).given_up) == [f"call-{n:08d}" for n in (3, 2, 1, 0)]
 
 
-def test_late_calls_are_asked_for_in_turn(dsn: str, tmp_path: Path) -> None:
-    log(tmp_path, lines(0, 15))
+@pytest.mark.parametrize("changes", [{}, {"msec": "1795307912.000", "request_time": "0.000"}], ids=["apart", "at_once"])
+def test_late_calls_are_asked_for_in_turn(dsn: str, tmp_path: Path, changes: dict[str, str]) -> None:
+    """Also where they all began at one moment."""
+    log(tmp_path, b"".join(line(number, **changes) for number in range(15)))
     with following(dsn, tmp_path) as rig:
         assert rig.ledger.poll_window(None, None, 10).late == {}
         execute(dsn, "update unsettled_facts set committed_at = now() - interval '31 seconds'")
         first = rig.ledger.poll_window(None, None, 10)
         assert first.span is not None
         assert list(first.late) == [f"call-{number:08d}" for number in range(10)]
-        second = rig.ledger.poll_window(None, max(first.late.values()), 10)
+        second = rig.ledger.poll_window(None, (list(first.late.values())[-1], list(first.late)[-1]), 10)
         assert list(second.late) == [f"call-{number:08d}" for number in range(10, 15)]
 
 
@@ -214,7 +237,8 @@ def looked_at(dsn: str, name: str, words: Mapping[str, Any]) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["touched", "waiting_calls", "poll_window", "stragglers", "late_calls", "open_page", "stop_calls"]
+    "name",
+    ["touched", "waiting_calls", "poll_window", "stragglers", "late_calls", "open_page", "stopped_page", "stop_calls"],
 )
 def test_overdue_calls_cost_nothing(crowded: str, name: str) -> None:
     """As many rows as for the fifty that wait, or for the page that is asked for."""

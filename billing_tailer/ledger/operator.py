@@ -19,7 +19,7 @@ from billing_tailer.ledger.connection import Connection, connect, query, require
 from billing_tailer.ledger.letters import decide_letter
 from billing_tailer.ledger.news import announce
 from billing_tailer.ledger.runs import WINDOW_COUNTS
-from billing_tailer.model import PlacedFact, PlacedRecord, Skip
+from billing_tailer.model import CallException, PlacedFact, PlacedRecord, Skip
 from billing_tailer.settle import CallState, Decision
 
 HOUR = timedelta(hours=1)
@@ -147,6 +147,13 @@ class Operator:
         settlement.write(self._connection, {call_id: decision})
         with wrapped():
             announce(self._connection, self._schema, call_id)
+
+    def close(self, closed: CallException) -> None:
+        """Close an exception, and have the settler look at its call again; where the call stands is not for a verb to
+        say: a settled one waits for nothing. Within `deciding`."""
+        settlement.close(self._connection, closed)
+        with wrapped():
+            announce(self._connection, self._schema, closed.call_id)
 
     def give_up(self, call_id: str) -> None:
         """Take a call that will not be charged off the list of unsettled ones. A later record brings it back."""

@@ -153,6 +153,16 @@ def doubtful(connection: Connection, source_id: str, page: ExceptionPage, *, by_
     return [*page.others, *with_records(connection, page.overdue)]
 
 
+def resume(connection: Connection, after_call: str, limit: int) -> str | None:
+    """Let time decide again those of the next stopped calls that no exception stops: a daemon of before migration 0008,
+    which ran on beside it, closes exceptions without. Returns the last of these calls; None: there are no more. Within
+    `deciding`."""
+    with wrapped():
+        rows = connection.execute(query("stopped_page"), {"after_call": after_call, "limit": limit}).fetchall()
+        connection.execute(query("resume_calls"), {"call_ids": [row[0] for row in rows]})
+    return rows[-1][0] if len(rows) == limit else None
+
+
 @contextmanager
 def deciding(connection: Connection, schema: str) -> Iterator[None]:
     """One transaction from what is known to what is decided of it. The settlers of all sources and the operators' verbs
@@ -275,6 +285,13 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
             cursor.execute(query("stop_calls"), {"call_ids": stopped, "seconds": ASK_AFTER_MIN.total_seconds()})
 
 
+def close(connection: Connection, closed: CallException) -> None:
+    """Close an exception, and note that its call is to be looked at. Within `deciding`."""
+    with wrapped():
+        connection.execute(query("close_exception"), _exception_row(closed))
+        connection.execute(query("touch_calls"), {"call_ids": [closed.call_id]})
+
+
 def _receipt_row(receipt: Receipt) -> dict[str, Any]:
     return {
         **asdict(receipt),
@@ -300,7 +317,7 @@ def window(
     source_id: str,
     *,
     started_after: datetime | None,
-    late_after: datetime | None,
+    late_after: tuple[datetime, str] | None,
     limit: int,
 ) -> Window:
     """What to ask the spend logs for next: an hour of starts at most, from `started_after` on, and up to `limit` calls
@@ -311,7 +328,8 @@ def window(
         row = cursor.execute(query("poll_window"), words).fetchone()
         assert row is not None
         given_up = cursor.execute(query("stragglers"), {**words, "limit": limit // 2}).fetchall()
-        words |= {"after_start": late_after or "-infinity", "limit": limit - len(given_up)}
+        start, call = late_after or ("-infinity", "")
+        words |= {"after_start": start, "after_call": call, "limit": limit - len(given_up)}
         late = cursor.execute(query("late_calls"), words).fetchall()
     return Window(
         row["asked_at"],

@@ -526,6 +526,11 @@ class Ledger:
         """Those of a page that the settings of now may decide."""
         return settlement.doubtful(self._session, self.source_id, page, by_header=by_header)
 
+    def resume_calls(self, after_call: str, limit: int) -> str | None:
+        """Let time decide again those of the next stopped calls that nothing stops; returns the last of all these."""
+        with self.deciding():
+            return settlement.resume(self._session, after_call, limit)
+
     def deciding(self) -> contextlib.AbstractContextManager[None]:
         """The transaction in which calls are loaded, decided and written."""
         return settlement.deciding(self._session, self._schema)
@@ -552,7 +557,9 @@ class Ledger:
         settlement.write(self._session, decisions)
         self._last_proof = time.monotonic()
 
-    def poll_window(self, started_after: datetime | None, late_after: datetime | None, limit: int) -> settlement.Window:
+    def poll_window(
+        self, started_after: datetime | None, late_after: tuple[datetime, str] | None, limit: int
+    ) -> settlement.Window:
         """What to ask LiteLLM's spend logs for next."""
         return settlement.window(
             self._session, self.source_id, started_after=started_after, late_after=late_after, limit=limit

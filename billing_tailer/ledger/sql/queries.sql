@@ -405,6 +405,11 @@ where u.call_id = any(%(call_ids)s) and u.ask_at is null
               where e.call_id = u.call_id and e.closed_at is null
                 and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
 
+-- name: stopped_page
+-- A page of the calls that are out of the sweep's way.
+select call_id from unsettled_facts
+where ask_at is not null and call_id > %(after_call)s order by call_id limit %(limit)s
+
 -- name: resume_calls
 update unsettled_facts u set ask_at = null
 where u.call_id = any(%(call_ids)s) and u.ask_at is not null
@@ -506,9 +511,10 @@ order by u.ask_at limit %(limit)s
 -- name: late_calls
 -- Waiting for longer than LiteLLM takes to write its rows.
 select u.call_id, u.committed_at, u.started_at from unsettled_facts u join usage_facts f using (call_id)
-where u.ask_at is null and u.started_at > %(after_start)s and u.committed_at < now() - interval '30 seconds'
+where u.ask_at is null and u.started_at >= %(after_start)s
+  and (u.started_at, u.call_id) > (%(after_start)s, %(after_call)s) and u.committed_at < now() - interval '30 seconds'
   and f.file_id in (select file_id from tail_files where source_id in (%(source_id)s, %(source_id)s || '.backfill'))
-order by u.started_at limit %(limit)s
+order by u.started_at, u.call_id limit %(limit)s
 
 -- name: ask_later
 update unsettled_facts set ask_at = %(ask_at)s where call_id = %(call_id)s and ask_at is not null
