@@ -8,6 +8,7 @@ sooner by starting the daemon again.
 """
 
 import itertools
+import os
 import shutil
 import socket
 import threading
@@ -195,8 +196,9 @@ def processes(world: World) -> None:
     seen.clears("BillingTailerTwoCommit")
 
     assert active.terminate() == 0  # the standby takes over: down, but somebody commits
+    # hurried, its two minutes are half a second, which a take-over may exceed: it fires no longer while Down still does
+    standby.wait_until(lambda: {alert["labels"]["alertname"] for alert in seen.firing()} == {"BillingTailerDown"})
     seen.fires("BillingTailerDown")
-    assert "BillingTailerNobodyCommits" not in {alert["labels"]["alertname"] for alert in seen.firing()}
 
     seen.scrape([])
     seen.fires("BillingTailerAbsent")
@@ -263,7 +265,7 @@ def files(world: World) -> None:
     seen.is_quiet()
 
     daemon.wait_until(lambda: len(rows(dsn, "select 1 from usage_facts")) == 11)
-    world.log.write_bytes(lines(0, 5))  # someone cuts committed lines off
+    os.truncate(world.log, len(lines(0, 5)))  # someone cuts committed lines off; emptied first, it would be a gap
     seen.fires("BillingTailerFileBlocked")
     (blocked,) = rows(dsn, "select file_id from tail_files where state = 'blocked'")
     verb(daemon, "offsets", "accept-gap", str(blocked["file_id"]), *REASON)
