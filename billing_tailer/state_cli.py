@@ -1,8 +1,9 @@
 """The verbs about the whole: is the installation right, is the schema this program's, is everything committed."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -14,9 +15,11 @@ from billing_tailer.ledger import migrate as migrate_schema
 from billing_tailer.listing import file_rows
 from billing_tailer.model import ExceptionKind, FileState
 from billing_tailer.options import AsJson, DryRun
-from billing_tailer.printing import plain, print_json, print_line, print_pairs, print_state
+from billing_tailer.printing import complain, plain, print_json, print_line, print_pairs, print_state
 from billing_tailer.reconcile import SWEEP_SECONDS_MAX, rate
 from billing_tailer.settings import Settings, load
+
+WAIT_PAUSE_SECONDS: Final = 0.5
 
 verbs = typer.Typer()
 
@@ -29,6 +32,10 @@ UNDECIDED = (
     ExceptionKind.COST_MISMATCH,
 )
 """Open exceptions that keep money from being charged, or mean that other money was."""
+WaitSeconds = Annotated[
+    int,
+    typer.Option(min=0, max=3600, help="For so long, try again while Postgres cannot be reached or lets nobody in."),
+]
 
 
 @verbs.command()
@@ -47,7 +54,7 @@ def check(as_json: AsJson = False) -> None:
 
 
 @verbs.command()
-def migrate(dry_run: DryRun = False, as_json: AsJson = False) -> None:
+def migrate(wait_seconds: WaitSeconds = 0, dry_run: DryRun = False, as_json: AsJson = False) -> None:
     """Create or upgrade the schema, with the owner's DSN (MIGRATE_DATABASE_URL, else DATABASE_URL)."""
     settings = load()
     owner = settings.migrate_database_url or settings.database_url
@@ -55,13 +62,29 @@ def migrate(dry_run: DryRun = False, as_json: AsJson = False) -> None:
         raise ConfigError(
             "BILLING_TAILER_MIGRATE_DATABASE_URL is not set", "set it to the DSN of the role that owns the schema"
         )
-    names = migrate_schema(owner.get_secret_value(), settings.db_schema, dry_run=dry_run)
+    names = _migrated(owner.get_secret_value(), settings.db_schema, dry_run, wait_seconds)
     if as_json:
         missing, applied = (names, []) if dry_run else ([], names)
         print_json({"schema": settings.db_schema, "applied": applied, "missing": missing})
     else:
         would = "would be applied: " if dry_run and names else ""
         print_line(f"schema {settings.db_schema}: {would}{', '.join(names) or 'nothing to do'}")
+
+
+def _migrated(dsn: str, schema: str, dry_run: bool, wait_seconds: int) -> list[str]:
+    """`migrate_schema`, and again while Postgres is away, as long as the verb may wait."""
+    deadline = time.monotonic() + wait_seconds
+    said = ""
+    while True:
+        try:
+            return migrate_schema(dsn, schema, dry_run=dry_run)
+        except LedgerUnavailable as error:
+            if time.monotonic() + WAIT_PAUSE_SECONDS > deadline:
+                raise
+            if error.message != said:
+                said = error.message
+                complain(f"billing-tailer: waiting for Postgres: {said}")
+        time.sleep(WAIT_PAUSE_SECONDS)
 
 
 @verbs.command()

@@ -59,5 +59,9 @@ if [ -n "$rotate" ]; then
 fi
 for name in postgres_password migrate_database_url database_url readonly_database_url litellm_database_url \
     litellm_master_key litellm_env callback_token api_token grafana_admin_password; do
-    [ -s "$directory/$name" ] || write "$name"
+    if [ -s "$directory/$name" ]; then
+        chmod 0644 "$directory/$name" # a value of your own, written with another umask
+    else
+        write "$name"
+    fi
 done

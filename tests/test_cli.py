@@ -1,11 +1,16 @@
 """Every verb: what people read, the JSON that programs read, exit codes; with a given Postgres and the embedded one."""
 
+import threading
+import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
 
 from billing_tailer import __version__
 from billing_tailer.ledger import migrations
@@ -111,6 +116,42 @@ def test_migrate_without_a_dsn(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("BILLING_TAILER_DATABASE_URL")
     verb("migrate", code=2)
     assert "BILLING_TAILER_MIGRATE_DATABASE_URL is not set" in verb.stderr
+
+
+@pytest.fixture
+def unhide(empty_dsn: str, admin_dsn: str) -> Callable[[], None]:
+    """The test's database is renamed away, so that Postgres lets nobody in; brings it back."""
+    name = str(conninfo_to_dict(empty_dsn)["dbname"])
+    away = f"{name}_away"
+
+    def rename(old: str, new: str) -> None:
+        with psycopg.connect(admin_dsn, autocommit=True) as connection:
+            connection.execute(sql.SQL("alter database {} rename to {}").format(*map(sql.Identifier, (old, new))))
+
+    rename(name, away)
+    return lambda: rename(away, name)
+
+
+def test_migrate_waits_if_it_is_told_to(verb: Verb, empty_dsn: str, unhide: Callable[[], None]) -> None:
+    verb.environment(DATABASE_URL=empty_dsn)
+    started = time.monotonic()
+    assert verb.outcome("migrate")[0] == 1
+    assert verb.outcome("migrate", "--wait-seconds", "1")[0] == 1
+    assert "waiting for Postgres: " in verb.stderr
+    assert 0.5 <= time.monotonic() - started < 10
+    back = threading.Timer(0.7, unhide)
+    back.start()
+    code, applied = verb.outcome("migrate", "--wait-seconds", "60", "--json")
+    back.join()
+    assert (code, len(applied["applied"])) == (0, len(migrations()))
+    assert verb.stderr.count("waiting for Postgres: ") == 1
+
+
+def test_migrate_does_not_wait_for_what_will_not_mend_itself(verb: Verb, empty_dsn: str) -> None:
+    verb.environment(DATABASE_URL=empty_dsn, DB_SCHEMA="pg_mine")  # Postgres keeps that prefix to itself
+    started = time.monotonic()
+    assert verb.outcome("migrate", "--wait-seconds", "60")[0] != 0
+    assert time.monotonic() - started < 30
 
 
 # --- status, files, offsets ------------------------------------------------------------------------------------------

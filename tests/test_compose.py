@@ -109,13 +109,12 @@ def test_the_log_is_shared_and_only_nginx_writes_it() -> None:
 
 
 def test_what_is_mounted_from_the_repository_is_read_only_and_there() -> None:
-    elsewhere = ("./deploy/prometheus", "./deploy/grafana")
     for one in compose()["services"].values():
         for mount in one.get("volumes", []):
             if mount.startswith("."):
                 source, _, mode = mount.split(":")
                 assert mode == "ro"
-                assert (ROOT / source).exists() or source.startswith(elsewhere), source
+                assert (ROOT / source).exists(), source
 
 
 def test_every_variable_of_ours_is_known_and_every_secret_is_a_file(secrets: Path) -> None:
@@ -170,6 +169,53 @@ def test_a_flag_that_is_not_known_is_no_flag_that_is_left_out(monkeypatch: pytes
         podman_options("billing_tailer", {}, Path())
 
 
+def mounts_of(name: str) -> dict[str, Path]:
+    """Where in the container -> what of the repository lies there."""
+    split = [mount.split(":") for mount in service(name)["volumes"] if mount.startswith(".")]
+    return {target: ROOT / source for source, target, _ in split}
+
+
+def in_the_repository(name: str, path: str) -> Path:
+    """The file or directory of the repository that a service sees under that path."""
+    target, source = next((target, source) for target, source in mounts_of(name).items() if path.startswith(target))
+    return source / Path(path).relative_to(target)
+
+
+def test_prometheus_loads_our_rules_and_scrapes_the_tailer() -> None:
+    (given,) = [one.partition("=")[2] for one in service("prometheus")["command"] if one.startswith("--config.file=")]
+    file = in_the_repository("prometheus", given)
+    config = yaml.safe_load(file.read_text("utf-8"))
+    loaded = {path.name for glob in config["rule_files"] for path in file.parent.glob(glob)}
+    assert loaded == {"alerts.yml", "recording.yml"}
+    (job,) = config["scrape_configs"]
+    assert job["job_name"] == "billing_tailer"  # which the rules name
+    port = service("billing_tailer")["ports"][0].rpartition(":")[2]
+    assert job["static_configs"] == [{"targets": [f"billing_tailer:{port}"]}]
+    assert {*service("prometheus")["networks"]} & {*service("billing_tailer")["networks"]}
+
+
+def test_grafana_finds_its_dashboard_and_prometheus() -> None:
+    provisioning = in_the_repository("grafana", "/etc/grafana/provisioning")
+    (provider,) = yaml.safe_load((provisioning / "dashboards/billing_tailer.yml").read_text("utf-8"))["providers"]
+    dashboards = in_the_repository("grafana", provider["options"]["path"])
+    assert [path.name for path in dashboards.glob("*.json")] == ["billing_tailer.json"]
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text("utf-8"))["datasources"]
+    port = service("prometheus")["ports"][0].rpartition(":")[2]
+    assert source["url"] == f"http://prometheus:{port}"
+    assert {*service("grafana")["networks"]} & {*service("prometheus")["networks"]}
+
+
+def test_migrations_wait_for_postgres_and_give_up_in_the_end() -> None:
+    """Podman's compose does not wait for health; and one that is tried for ever is an `up` that never ends."""
+    (job,) = pod("Job", "billing-migrate")["containers"]
+    for command in (service("migrate")["command"], job["args"]):
+        assert command[:2] == ["migrate", "--wait-seconds"]
+        assert int(command[2]) >= 60
+    assert service("migrate")["restart"] == service("grants")["restart"] == "on-failure:3"
+    assert service("migrate")["image"] == service("billing_tailer")["image"]
+    assert service("migrate")["pull_policy"] == "never"
+
+
 # --- secrets ------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +239,9 @@ def test_secrets_stay_unless_they_are_rotated(secrets: Path, tmp_path: Path) -> 
     after = {path.name: (path.read_text("utf-8"), path.stat().st_ino) for path in directory.iterdir()}
     assert {name for name in after if after[name] != before[name]} == {"api_token"}
     assert after["api_token"][1] == before["api_token"][1], "a running container still sees the old file"
+    (directory / "database_url").chmod(0o600)  # a value of one's own, written with another umask
+    subprocess.run(["sh", script, str(directory)], check=True, capture_output=True)
+    assert (directory / "database_url").stat().st_mode & 0o777 == 0o644
     wrong = subprocess.run(["sh", script, "--rotate", "apitoken", str(directory)], capture_output=True, check=False)
     assert wrong.returncode == 2
     assert not (directory / "apitoken").exists()

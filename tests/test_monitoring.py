@@ -228,6 +228,20 @@ def test_every_alert_has_its_heading() -> None:
     assert set(anchors) <= {name.lower() for name in sections()}
 
 
+def test_the_rules_of_inhibition_name_alerts_and_labels_that_there_are() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", RUNBOOK.read_text("utf-8"), re.DOTALL)
+    names = {alert["alert"]: alert for alert in alerts()}
+    pages = {name for name, alert in names.items() if alert["labels"]["severity"] == "page"}
+    for rule in yaml.safe_load(text)["inhibit_rules"]:
+        (source,), (target,) = rule["source_matchers"], rule["target_matchers"]
+        cause, pattern = source.removeprefix("alertname = "), re.sub(r"alertname =~? ", "", target)
+        hidden = {name for name in names if re.fullmatch(pattern, name)}
+        assert cause in pages
+        assert len(hidden) == pattern.count("|") + 1, pattern
+        assert cause not in hidden
+        assert hidden & pages <= {"BillingTailerStalled"}, "one page may hide another only where it is the cause"
+
+
 def test_every_command_of_the_runbook_parses() -> None:
     """By the program's own parser, with its arguments and options."""
     commands = re.findall(r"^    billing-tailer (.+)$", RUNBOOK.read_text("utf-8"), re.MULTILINE)

@@ -93,10 +93,21 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
                 "set_config('timezone', 'UTC', false)",
                 (_quoted(connection, schema), f"{STATEMENT_TIMEOUT_SECONDS}s"),
             )
-        except psycopg.Error:
+            _require_utf8(connection)
+        except (psycopg.Error, ConfigError):
             connection.close()
             raise
     return connection
+
+
+def _require_utf8(connection: Connection) -> None:
+    """Text of another encoding comes back as bytes (SQL_ASCII), or cannot hold what clients send (all others)."""
+    encoding = connection.info.parameter_status("server_encoding")
+    if encoding not in ("UTF8", None):
+        raise ConfigError(
+            f"Postgres: database {connection.info.dbname} has encoding {encoding}, and it must be UTF8",
+            "make a database for this: CREATE DATABASE billing TEMPLATE template0 ENCODING 'UTF8'",
+        )
 
 
 def _quoted(connection: Connection, schema: str) -> str:

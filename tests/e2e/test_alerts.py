@@ -8,6 +8,7 @@ sooner by starting the daemon again.
 """
 
 import itertools
+import os
 import shutil
 import socket
 import threading
@@ -195,8 +196,9 @@ def processes(world: World) -> None:
     seen.clears("BillingTailerTwoCommit")
 
     assert active.terminate() == 0  # the standby takes over: down, but somebody commits
+    # hurried, its two minutes are half a second, which a take-over may exceed: it fires no longer while Down still does
+    standby.wait_until(lambda: {alert["labels"]["alertname"] for alert in seen.firing()} == {"BillingTailerDown"})
     seen.fires("BillingTailerDown")
-    assert "BillingTailerNobodyCommits" not in {alert["labels"]["alertname"] for alert in seen.firing()}
 
     seen.scrape([])
     seen.fires("BillingTailerAbsent")
@@ -263,7 +265,7 @@ def files(world: World) -> None:
     seen.is_quiet()
 
     daemon.wait_until(lambda: len(rows(dsn, "select 1 from usage_facts")) == 11)
-    world.log.write_bytes(lines(0, 5))  # someone cuts committed lines off
+    os.truncate(world.log, len(lines(0, 5)))  # someone cuts committed lines off; emptied first, it would be a gap
     seen.fires("BillingTailerFileBlocked")
     (blocked,) = rows(dsn, "select file_id from tail_files where state = 'blocked'")
     verb(daemon, "offsets", "accept-gap", str(blocked["file_id"]), *REASON)
@@ -335,13 +337,19 @@ def callbacks(world: World) -> None:
 
 def silence(world: World) -> None:
     """Callbacks do not come."""
-    with spend_logs([row(payload(number)) for number in range(200)]) as url:
+    known: list[dict[str, Any]] = []
+    with spend_logs(known) as url:
         daemon = world.daemon(world.database(), LITELLM_URL=url, LITELLM_API_KEY="k" * 32)
         seen = world.watch(daemon)
         seen.is_quiet()
 
         calls = itertools.count()
-        feed = lambda: append(world.log, line(next(calls)))  # noqa: E731
+
+        def feed() -> None:
+            number = next(calls)  # one row after the other: a poll that found all at once would be the last that finds
+            known.append(row(payload(number, startTime=1795307912.0, endTime=1795307912.5)))
+            append(world.log, line(number))
+
         seen.fires("BillingTailerCallbacksSilent", feed, source_id="default")
         assert post(daemon, payload(0)) == 200
         seen.clears("BillingTailerCallbacksSilent", lambda: post(daemon, payload(0, attempt=next(calls))))

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,7 +44,7 @@ except OSError:
 REQUEST: Final = """
 import sys, urllib.request, urllib.error
 try:
-    urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8080/v1/chat/completions", b"{}"), timeout=5)
+    urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8080" + sys.argv[1], b"{}"), timeout=5)
 except urllib.error.HTTPError as answer:
     print(answer.code)
 """
@@ -138,17 +139,26 @@ def database(site: Site) -> str:
 def nginx(site: Site) -> Iterator[str]:
     """The name of nginx's container, which is the first to mount the log's volume. Behind it there is no LiteLLM."""
     image, name = containers.nginx_image(site.podman), f"nginx-{randomness.token_hex(4)}"
-    options = ("--env=LITELLM=127.0.0.1:4000", "--env=ROTATE_CHECK_SECONDS=1")
+    options = ("--env=LITELLM=litellm:4000", "--add-host=litellm:127.0.0.1", "--env=ROTATE_CHECK_SECONDS=1")
     site.run("nginx", *options, podman_name=name, image=image)
     try:
         wait(
-            lambda: site.podman("exec", name, "python3", "-c", REQUEST, code=None) == "502\n",
+            lambda: _asked(site, name, "/v1/chat/completions") == "502",
             30,
             lambda: site.podman("logs", name, code=None),
         )
         yield name
     finally:
         site.podman("rm", "--force", name)
+
+
+def _asked(site: Site, nginx: str, path: str) -> str:
+    """The status that nginx answers a POST with; empty for none."""
+    return site.podman("exec", nginx, "python3", "-c", REQUEST, path, code=None).strip()
+
+
+def _answers(site: Site, nginx: str, status: str) -> bool:
+    return _asked(site, nginx, "/no-call") == status
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +234,7 @@ def test_the_log_of_nginx_is_rotated_beside_the_tailer(site: Site, database: str
     after = podman("exec", nginx, "stat", "--format=%i %u %a", "/billing/audit.jsonl").split()
     assert after[0] != before[0]
     assert after[1:] == ["101", "644"]
-    podman("exec", nginx, "python3", "-c", REQUEST)
+    _asked(site, nginx, "/v1/chat/completions")
     with psycopg.connect(database, autocommit=True) as connection:
 
         def committed() -> list[tuple[Any, ...]]:
@@ -234,6 +244,19 @@ def test_the_log_of_nginx_is_rotated_beside_the_tailer(site: Site, database: str
         wait(lambda: committed() == [(True,), (True,)], 10, lambda: f"{committed()}\n{podman('logs', tailer)}")
     wait(lambda: "logrotate-state" in podman("exec", nginx, "ls", "-A", "/billing"), 10, lambda: podman("logs", nginx))
     assert "logrotate failed" not in podman("logs", nginx)
+
+
+def test_nginx_follows_litellm_to_another_address(site: Site, nginx: str) -> None:
+    """A container that died may come back under another one."""
+    hosts = Path(site.podman.inspect(nginx)["HostsPath"])
+    site.podman("exec", "--detach", nginx, "python3", "-m", "http.server", "--bind", "127.0.0.2", "4000")
+    for address, status in (("127.0.0.2", "501"), ("127.0.0.1", "502")):  # the server there knows no POST
+        hosts.write_text(f"{address} litellm\n", "ascii")
+        wait(
+            partial(_answers, site, nginx, status),
+            30,
+            lambda: site.podman("logs", nginx, code=None),
+        )
 
 
 def test_it_is_confined(site: Site, tailer: str) -> None:

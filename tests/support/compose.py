@@ -10,7 +10,7 @@ import yaml
 from tests.support.daemon import ROOT
 
 FILE: Final = ROOT / "compose.yml"
-ELSEWHERE: Final = frozenset({"build", "image", "command", "networks", "ports", "depends_on", "restart"})
+ELSEWHERE: Final = frozenset({"build", "image", "pull_policy", "command", "networks", "ports", "depends_on", "restart"})
 """What says nothing of how a process is confined, or is the caller's business."""
 
 

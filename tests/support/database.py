@@ -20,9 +20,11 @@ from tests.support.daemon import ROOT, clean_environment
 def create(admin_dsn: str, template: str | None = None, prefix: str = "test") -> str:
     """Creates a database with a fresh name, as a clone of `template` if given, and returns its name."""
     name = f"billing_tailer_{prefix}_{secrets.token_hex(6)}"
-    statement = sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name))
-    if template is not None:
-        statement += sql.SQL(" TEMPLATE {}").format(sql.Identifier(template))
+    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+        sql.Identifier(name), sql.Identifier(template or "template0")
+    )
+    if template is None:  # a server that was set up without a locale has SQL_ASCII
+        statement += sql.SQL(" ENCODING 'UTF8'")
     _execute(admin_dsn, statement)
     return name
 

@@ -33,8 +33,7 @@ def row(event: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0) -> Iterator[str]:
-    """The base URL of a server that knows these rows. port: 0 is a free one."""
-    ordered = sorted(rows, key=lambda one: str(one["startTime"]))
+    """The base URL of a server that knows these rows, and those that are put to them later. port: 0 is a free one."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -43,6 +42,7 @@ def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0) -> Iterator[str]:
             if url.path == "/health/readiness":
                 self._answer({"status": "healthy", "litellm_version": "1.106.2"})
                 return
+            ordered = sorted(rows, key=lambda one: str(one["startTime"]))
             if url.path == "/spend/logs":
                 self._answer([one for one in ordered if one["litellm_call_id"] == query["request_id"]])
                 return
