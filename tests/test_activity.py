@@ -498,5 +498,5 @@ def test_plans_look_at_a_range_alone(dsn: str, reads: Activity) -> None:
     assert "charge_receipts_pkey" in found
     found = plan(query("activity_unsettled"))
     assert "Seq Scan on usage_facts" not in found
-    assert "usage_facts_range" in plan(query("activity_files"))
+    assert "usage_facts_range" in plan(query("activity_last_call"), file_id=1, committed_offset=9)
     assert "dead_letters_pkey" in plan(query("activity_letters"), all=True, before=9, limit=5, raw_bytes=9)

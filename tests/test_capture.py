@@ -49,7 +49,7 @@ def an_hour_passes(dsn: str) -> None:
     """Since all records came, and since it was last looked at them."""
     execute(
         dsn,
-        "update spend_records set received_at = received_at - interval '1 hour'; "
+        "update spend_records set received_at = now() - interval '1 hour'; "
         "update unaudited_progress set counted_to = counted_to - interval '1 hour'",
     )
 

@@ -45,7 +45,7 @@ def fed(dsn: str, log: Path) -> str:
 def age(dsn: str, days: int, which: str) -> None:
     with psycopg.connect(dsn, autocommit=True) as owner:
         owner.execute("set search_path to billing")
-        statement = f"update spend_records set received_at = received_at - interval '{days} days' where {which}"
+        statement = f"update spend_records set received_at = now() - interval '{days} days' where {which}"
         owner.execute(statement.encode())
 
 

@@ -405,7 +405,7 @@ def test_an_operators_decision_wakes_who_waits(dsn: str, tmp_path: Path, verb: V
             assert answers[0][1]["complete"] is True
             assert answers[0][0] - told < 2
             (session,) = rows(dsn, hearing)
-            rows(dsn, "select pg_terminate_backend(%s, 5000)", session["pid"])
+            rows(dsn, "select pg_terminate_backend(%s::int, 5000)", session["pid"])
         assert hears()
     assert not hears()
 

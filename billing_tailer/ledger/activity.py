@@ -218,6 +218,10 @@ class Activity:
         """Open exceptions by kind, open dead letters (LETTERS_COUNTED_MAX: so many or more), Postgres's clock, since
         when calls are not settled (unknown: why that cannot be said), and the files that are not finished."""
         files = self._within_time("activity_files")  # first: what is committed by then is settled or found unsettled
+        for file in files:
+            place = {"file_id": file["file_id"], "committed_offset": file["committed_offset"]}
+            last = self._within_time("activity_last_call", **place)
+            file["last_call_at"] = last[0]["occurred_at"] if last else None
         try:
             [unsettled] = self._within_time("activity_unsettled")
         except TooMuch as error:  # millions of them: the rest is worth knowing all the more
@@ -252,9 +256,9 @@ def _add(sums: Sums, rows: list[dict[str, Any]]) -> None:
             int(row["charged_credits"]),
         )
         if not row["by_account"]:
-            sums.series.setdefault((row["bucket"], row["model"]), Charged()).add(charged)
+            sums.series.setdefault((row["bucket"], row["name"]), Charged()).add(charged)
         elif sums.accounts is not None:
-            sums.accounts.setdefault(row["account"], Charged()).add(charged)
+            sums.accounts.setdefault(row["name"], Charged()).add(charged)
     if len(sums.series) > GROUPS_MAX:
         raise TooMuch(f"more than {GROUPS_MAX} models and times", NARROWER)
     if sums.accounts is not None and len(sums.accounts) > GROUPS_MAX:

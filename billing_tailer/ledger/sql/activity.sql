@@ -5,27 +5,32 @@
 set local work_mem = '32MB'
 
 -- name: activity_sums
--- Receipts and adjustments by bucket and model, and, in rows of their own, by account. A receipt and its details have
--- one created_at, which finds them through the index of block ranges; the key decides which belong together.
+-- Receipts and adjustments by bucket and model, and, in rows of their own, by account: each receipt is looked at twice,
+-- since Citus plans no grouping sets. `name` is the model's or the account's: of three keys the planner would expect so
+-- many groups that it sorts. A receipt and its details have one created_at, which finds them through the index of block
+-- ranges; the key decides which belong together.
 with bounds as materialized (
     select min(created_at) as first, max(created_at) as last from charge_receipts
     where source_system = 'litellm' and occurred_at >= %(start)s and occurred_at < %(end)s
+), sums as materialized (  -- the limit is not to choose a plan
+    select case when not by_account then date_bin(%(bucket)s, r.occurred_at, %(origin)s) end as bucket,
+           case when by_account then r.billing_account_id else d.model end as name, by_account,
+           count(*) as charged_calls,
+           coalesce(sum(d.tokens_in), 0)::bigint as tokens_in, coalesce(sum(d.tokens_out), 0)::bigint as tokens_out,
+           coalesce(sum(d.cached_tokens), 0)::bigint as cached_tokens,
+           sum(r.provider_cost_usd) + coalesce(sum(a.cost), 0) as cost_usd,
+           (sum(r.charged_credits) + coalesce(sum(a.credits), 0))::numeric as charged_credits
+    from charge_receipts r
+    left join llm_charge_details d
+        on d.source_system = 'litellm' and d.source_reference = r.source_reference
+           and d.created_at between (select first from bounds) and (select last from bounds)
+    left join (select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
+               from charge_adjustments group by source_reference) a on a.source_reference = r.source_reference
+    cross join (values (false), (true)) as twice (by_account)
+    where r.source_system = 'litellm' and r.occurred_at >= %(start)s and r.occurred_at < %(end)s {conditions}
+    group by 1, 2, 3
 )
-select date_bin(%(bucket)s, r.occurred_at, %(origin)s) as bucket, d.model, r.billing_account_id as account,
-       grouping(r.billing_account_id) = 0 as by_account, count(*) as charged_calls,
-       coalesce(sum(d.tokens_in), 0)::bigint as tokens_in, coalesce(sum(d.tokens_out), 0)::bigint as tokens_out,
-       coalesce(sum(d.cached_tokens), 0)::bigint as cached_tokens,
-       sum(r.provider_cost_usd) + coalesce(sum(a.cost), 0) as cost_usd,
-       (sum(r.charged_credits) + coalesce(sum(a.credits), 0))::numeric as charged_credits
-from charge_receipts r
-left join llm_charge_details d
-    on d.source_system = 'litellm' and d.source_reference = r.source_reference
-       and d.created_at between (select first from bounds) and (select last from bounds)
-left join (select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
-           from charge_adjustments group by source_reference) a on a.source_reference = r.source_reference
-where r.source_system = 'litellm' and r.occurred_at >= %(start)s and r.occurred_at < %(end)s {conditions}
-group by grouping sets ((1, 2), (3))
-order by by_account limit %(limit)s
+select * from sums order by by_account limit %(limit)s
 
 -- name: activity_of_account
 and r.billing_account_id = %(account)s
@@ -42,25 +47,27 @@ and r.source_reference = any(array(select call_id from usage_facts where run_id 
 and coalesce(r.billing_account_id, f.billing_account_id) = %(account)s
 
 -- name: activity_receipts
--- The newest before a place in the order of (occurred_at, call id), chosen before anything else is joined to them.
-with page as materialized (
-    select r.* from charge_receipts r {details}
+-- The newest before a place in the order of (occurred_at, call id), chosen before anything else is joined to them. Each
+-- look goes by a table's key, on the call's own shard.
+select r.source_reference as call_id, r.occurred_at, r.billing_account_id, r.run_id, r.attempt, d.graph_id, d.model,
+       d.provider_model, d.provider, d.tokens_in, d.tokens_out, d.cached_tokens, d.reasoning_tokens, d.cache_hit,
+       d.latency_ms, r.provenance, r.spend_source, r.markup_factor, r.provider_cost_usd,
+       coalesce(a.cost, 0) as adjusted_cost_usd, r.provider_cost_usd + coalesce(a.cost, 0) as total_cost_usd,
+       r.charged_credits, coalesce(a.credits, 0)::bigint as adjusted_credits,
+       (r.charged_credits + coalesce(a.credits, 0))::bigint as total_credits, r.created_at
+from charge_receipts r
+left join lateral (select * from llm_charge_details
+                   where source_system = 'litellm' and source_reference = r.source_reference
+                   group by source_system, source_reference) d on true
+left join lateral (select sum(delta_credits) as credits, sum(delta_cost_usd) as cost
+                   from charge_adjustments where source_reference = r.source_reference
+                   group by source_reference) a on true
+where r.source_system = 'litellm' and r.source_reference = any(array(
+    select r.source_reference from charge_receipts r {details}
     where r.source_system = 'litellm' and r.occurred_at >= %(start)s and r.occurred_at <= %(end)s
       and (r.occurred_at, r.source_reference) < (%(end)s, %(before)s) {conditions}
-    order by r.occurred_at desc, r.source_reference desc limit %(limit)s
-)
-select p.source_reference as call_id, p.occurred_at, p.billing_account_id, p.run_id, p.attempt, d.graph_id, d.model,
-       d.provider_model, d.provider, d.tokens_in, d.tokens_out, d.cached_tokens, d.reasoning_tokens, d.cache_hit,
-       d.latency_ms, p.provenance, p.spend_source, p.markup_factor, p.provider_cost_usd,
-       coalesce(a.cost, 0) as adjusted_cost_usd, p.provider_cost_usd + coalesce(a.cost, 0) as total_cost_usd,
-       p.charged_credits, coalesce(a.credits, 0)::bigint as adjusted_credits,
-       (p.charged_credits + coalesce(a.credits, 0))::bigint as total_credits, p.created_at
-from page p
-left join lateral (select * from llm_charge_details
-                   where source_system = 'litellm' and source_reference = p.source_reference limit 1) d on true
-left join lateral (select sum(delta_credits) as credits, sum(delta_cost_usd) as cost
-                   from charge_adjustments where source_reference = p.source_reference) a on true
-order by p.occurred_at desc, p.source_reference desc
+    order by r.occurred_at desc, r.source_reference desc limit %(limit)s))
+order by r.occurred_at desc, r.source_reference desc
 
 -- name: activity_with_details
 join llm_charge_details d on d.source_system = 'litellm' and d.source_reference = r.source_reference
@@ -72,11 +79,13 @@ with page as materialized (
       and (%(opened_at)s::timestamptz is null
            or (opened_at, call_id, kind, seq) < (%(opened_at)s, %(call_id)s, %(after_kind)s, %(seq)s))
     order by opened_at desc, call_id desc, kind desc, seq desc limit %(limit)s
+), facts as (
+    select call_id, run_id, billing_account_id, occurred_at from usage_facts
+    where call_id = any(array(select call_id from page))
 )
 select p.call_id, p.kind, p.seq, p.opened_at, p.closed_at, p.closed_by, p.reason, p.detail, f.run_id,
        f.billing_account_id, f.occurred_at
-from page p
-left join lateral (select * from usage_facts where call_id = p.call_id limit 1) f on true
+from page p left join facts f using (call_id)
 order by p.opened_at desc, p.call_id desc, p.kind desc, p.seq desc
 
 -- name: activity_letters
@@ -95,7 +104,7 @@ order by p.dead_letter_id desc
 -- Counted to a limit: a page must not wait for millions of them.
 select (select coalesce(jsonb_object_agg(kind, n), '{}')
         from (select kind, count(*) as n from call_exceptions where closed_at is null group by kind) k) as exceptions,
-       (select count(*) from (select from dead_letters where resolved_at is null limit %(letters_max)s) l)
+       (select count(*) from (select 1 from dead_letters where resolved_at is null limit %(letters_max)s) l)
            as dead_letters,
        statement_timestamp() as time
 
@@ -109,22 +118,24 @@ with stopped as materialized (
     select call_id, started_at from unsettled_facts u
     where not exists (select from stopped s where s.call_id = u.call_id)
 ), first_of_all as materialized (
-    select f.occurred_at from (select call_id from unsettled_facts order by started_at limit 1) u
-    cross join lateral (select occurred_at from usage_facts where call_id = u.call_id offset 0) f
+    select occurred_at from usage_facts
+    where call_id = (select call_id from unsettled_facts order by started_at limit 1)
 ), first_waiting as materialized (
-    select f.occurred_at from (select call_id from waiting order by started_at limit 1) u
-    cross join lateral (select occurred_at from usage_facts where call_id = u.call_id offset 0) f
+    select occurred_at from usage_facts where call_id = (select call_id from waiting order by started_at limit 1)
 )
-select (select min(f.occurred_at) from unsettled_facts u
-        cross join lateral (select occurred_at from usage_facts where call_id = u.call_id offset 0) f
-        where u.started_at <= (select occurred_at from first_of_all)) as unsettled_since,
-       (select min(f.occurred_at) from waiting u
-        cross join lateral (select occurred_at from usage_facts where call_id = u.call_id offset 0) f
-        where u.started_at <= (select occurred_at from first_waiting)) as waiting_since
+select (select min(occurred_at) from usage_facts
+        where call_id = any(array(select call_id from unsettled_facts
+                                  where started_at <= (select occurred_at from first_of_all)))) as unsettled_since,
+       (select min(occurred_at) from usage_facts
+        where call_id = any(array(select call_id from waiting
+                                  where started_at <= (select occurred_at from first_waiting)))) as waiting_since
 
 -- name: activity_files
--- The files that are not finished, and when the last call ended of which each has the line.
-select t.file_id, t.source_id, t.path, t.state, t.committed_offset, t.size_seen,
-       (select f.occurred_at from usage_facts f where f.file_id = t.file_id and f.start_offset < t.committed_offset
-        order by f.start_offset desc limit 1) as last_call_at
-from tail_files t where t.state <> 'final' and t.source_id not like '%%.backfill' order by t.file_id
+-- The files that are not finished.
+select file_id, source_id, path, state, committed_offset, size_seen
+from tail_files where state <> 'final' and source_id not like '%%.backfill' order by file_id
+
+-- name: activity_last_call
+-- When the last call ended of which a file has the line, below an offset.
+select occurred_at from usage_facts
+where file_id = %(file_id)s and start_offset < %(committed_offset)s order by start_offset desc limit 1

@@ -530,30 +530,31 @@ select kind, count(*) as n from call_exceptions where closed_at is null group by
 select set_config('default_transaction_read_only', 'on', false), set_config('statement_timeout', %(timeout)s, false)
 
 -- name: call_standings
--- Part of the next two, over the rows of `calls`. What a person closed as not charged stays so. Each look goes by a
--- table's key, whatever the planner believes of a run's size.
-select c.call_id, c.occurred_at, c.status, r.source_reference is not null as charged,
+-- Part of the next two, which say of which calls. What a person closed as not charged stays so. Each look goes by a
+-- table's key, on the call's own shard: the groups are of one row, or of one call, and keep a planner from reading a table
+-- whole, whatever it believes of a run's size. opened: of `kinds`, one by one.
+select f.call_id, f.occurred_at, f.status, r.source_reference is not null as charged,
        r.source_reference is not null or (coalesce(e.not_charged, false) and not coalesce(e.stopped, false)) as settled,
-       e.kinds, coalesce(r.charged_credits, 0) + coalesce(a.credits, 0) as charged_credits,
+       e.kinds, e.opened, coalesce(r.charged_credits, 0) + coalesce(a.credits, 0) as charged_credits,
        coalesce(r.provider_cost_usd, 0) + coalesce(a.cost_usd, 0) as provider_cost_usd,
        coalesce(r.user_cost_usd, 0) + coalesce(a.cost_usd * r.markup_factor, 0) as user_cost_usd
-from calls c
+from usage_facts f
 left join lateral (select source_reference, charged_credits, provider_cost_usd, user_cost_usd, markup_factor
-                   from charge_receipts
-                   where source_system = 'litellm' and source_reference = c.call_id limit 1) r on true
+                   from charge_receipts where source_system = 'litellm' and source_reference = f.call_id
+                   group by source_system, source_reference) r on true
 left join lateral (select sum(delta_credits)::bigint as credits, sum(delta_cost_usd) as cost_usd
-                   from charge_adjustments where source_reference = c.call_id) a on true
+                   from charge_adjustments where source_reference = f.call_id group by source_reference) a on true
 left join lateral (select bool_or(kind = 'not_charged' and (closed_at is null or closed_by <> 'settler')) as not_charged,
                           bool_or(closed_at is null and kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
                                                                  'overdue', 'conflict')) as stopped,
-                          array_agg(kind order by kind) filter (where closed_at is null) as kinds
-                   from call_exceptions where call_id = c.call_id) e on true
+                          array_agg(kind order by kind, seq) filter (where closed_at is null) as kinds,
+                          array_agg(opened_at order by kind, seq) filter (where closed_at is null) as opened
+                   from call_exceptions where call_id = f.call_id group by call_id) e on true
 
 -- name: run_status
 -- One statement, so that the sums, the exceptions and as_of are of one moment.
-with calls as materialized (
-    select call_id, occurred_at, status from usage_facts where run_id = %(run_id)s
-), standings as materialized ({standings}
+with standings as materialized ({standings}
+    where f.run_id = %(run_id)s
 ), sums as (
     select count(*) as calls, count(*) filter (where settled) as settled,
            coalesce(sum(charged_credits), 0)::bigint as charged_credits,
@@ -562,12 +563,9 @@ with calls as materialized (
                as settled_named
     from standings
 ), exceptions as (
-    select e.call_id, e.kind, e.opened_at
-    from (select call_id from standings where kinds is not null) s
-    join lateral (select call_id, kind, opened_at from call_exceptions
-                  where call_id = s.call_id and closed_at is null
-                    and kind not in ('model_mismatch', 'call_id_not_forwarded') offset 0) e on true
-    order by e.opened_at, e.call_id, e.kind limit %(exceptions_max)s
+    select s.call_id, e.kind, e.opened_at from standings s cross join unnest(s.kinds, s.opened) e (kind, opened_at)
+    where s.kinds is not null and e.kind not in ('model_mismatch', 'call_id_not_forwarded')
+    order by e.opened_at, s.call_id, e.kind limit %(exceptions_max)s
 ), files as (
     select path, committed_offset from tail_files where source_id = %(source_id)s and state <> 'final'
     order by last_commit_at desc nulls last, file_id desc limit %(files_max)s
@@ -578,15 +576,16 @@ select sums.*, statement_timestamp() as time,
 from sums
 
 -- name: run_calls
-with calls as materialized (
-    select call_id, occurred_at, status from usage_facts
-    where run_id = %(run_id)s and call_id > %(after)s order by call_id limit %(limit)s
-), standings as materialized ({standings}
+with standings as materialized ({standings}
+    where f.call_id = any(array(select call_id from usage_facts
+                                where run_id = %(run_id)s and call_id > %(after)s order by call_id limit %(limit)s))
+), details as (
+    select source_reference, model, tokens_in, tokens_out, cache_hit from llm_charge_details
+    where source_system = 'litellm' and source_reference = any(array(select call_id from standings))
 )
 select s.call_id, s.occurred_at, s.status as http_status, s.charged, s.settled, s.kinds, s.charged_credits,
        s.provider_cost_usd, s.user_cost_usd, d.model, d.tokens_in, d.tokens_out, d.cache_hit
-from standings s
-left join llm_charge_details d on d.source_system = 'litellm' and d.source_reference = s.call_id
+from standings s left join details d on d.source_reference = s.call_id
 order by s.call_id
 
 -- name: call_fact
