@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,22 @@ def main() -> int:
                 if only and not any(word in name for word in only):
                     continue
                 started = time.monotonic()
-                tallies += run()
-                print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+                found = _tallies(name, run)
+                tallies += found
+                # an hour's work must not be lost with the rest of it
+                print(f"{name}: {time.monotonic() - started:.0f} s\n{table(found)}\n", flush=True)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     print(table(tallies))
     return 0 if all(tally.clean for tally in tallies) else 1
+
+
+def _tallies(name: str, run: Callable[[], Sequence[Tally]]) -> Sequence[Tally]:
+    """What a scenario came to; where it broke off, that."""
+    try:
+        return run()
+    except Exception:  # noqa: BLE001 - it is told in the table, and the other scenarios go on
+        return [Tally(name, problems=[traceback.format_exc()])]
 
 
 if __name__ == "__main__":

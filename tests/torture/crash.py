@@ -86,6 +86,8 @@ class Lane:
                 self._wait(lambda: self._state.reached(scenario.expected))
         except _Failed as error:
             trouble = str(error)
+            if self._daemon is not None:
+                self._daemon.show_stacks()
         finally:
             if self._daemon is not None:
                 self._daemon.kill()
@@ -158,7 +160,7 @@ class Lane:
 
     def _log_tail(self) -> str:
         log = self._directory / "volume" / "daemon.log"
-        return log.read_text("utf-8", "replace")[-1500:] if log.exists() else ""
+        return log.read_text("utf-8", "replace")[-8000:] if log.exists() else ""
 
 
 # --- lanes beside each other -----------------------------------------------------------------------------------------

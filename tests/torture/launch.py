@@ -5,6 +5,7 @@ environment, its own log, its own signals; it ends with its parent.
 """
 
 import ctypes
+import faulthandler
 import mmap
 import os
 import random
@@ -26,6 +27,7 @@ from tests.torture.steps import Steps
 NAME_BYTES_MAX: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
 DURING_SECONDS_MAX: Final = 0.002
+STACKS_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ class Forked:
         environment = clean_environment(variables)
         os.environ.clear()
         os.environ.update(environment)
+        faulthandler.register(signal.SIGUSR1)
         sys.argv = ["billing-tailer", "run"]
         if trace is not None:
             Steps(_Tracer(self._shared, trace)).install()
@@ -120,6 +123,12 @@ class Forked:
             if pid == self.pid:
                 self._status = os.waitstatus_to_exitcode(status)
         return self._status
+
+    def show_stacks(self) -> None:
+        """Where each thread of a daemon stands that runs, into its log."""
+        if self.code is None:
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(STACKS_SECONDS)
 
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
