@@ -21,13 +21,19 @@ MARGIN = timedelta(seconds=120)
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """The answer to one window. complete: all of it was read; failure: why not. rejected: rows that are no records."""
+    """The answer to one window. covered: its span of time was read to the end, whatever became of the calls that were
+    asked for by name; complete: all of it; failure: why not. rejected: rows that are no records."""
 
     window: Window
     records: tuple[SpendRecord, ...]
     rejected: int
-    complete: bool
+    covered: bool
     failure: str | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything was read."""
+        return self.failure is None
 
 
 class Poller:
@@ -83,19 +89,20 @@ class Poller:
     def _poll(self, window: Window) -> Poll:
         records: dict[tuple[str, str], SpendRecord] = {}
         rejected = 0
-        failure = None
+        covered, failure = False, None
         try:
             if window.span is not None:
                 started_from, _, ended_to = window.span
                 for rows in self._logs.window(started_from - MARGIN, ended_to + MARGIN):
                     rejected += self._take(rows, records)
+                covered = True
             for call_id in (*window.late, *window.given_up):
                 rejected += self._take(self._logs.by_call_id(call_id), records)
         except LiteLLMStopped:
             raise
         except TailerError as error:
             failure = str(error)
-        return Poll(window, tuple(records.values()), rejected, failure is None, failure)
+        return Poll(window, tuple(records.values()), rejected, covered, failure)
 
     def _take(self, rows: list[dict[str, object]], records: dict[tuple[str, str], SpendRecord]) -> int:
         rejected = 0

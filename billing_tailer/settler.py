@@ -198,7 +198,7 @@ class Settler:
             self.after_commit(self.decidable({record.call_id for record in poll.records}))
         self._next_poll = time.monotonic() + POLL_SECONDS
         self._ledger.asked(poll.window, answered=poll.complete)
-        if not poll.complete or poll.window.span is None:
+        if not poll.covered or poll.window.span is None:
             return
         started_from, started_to, _ = poll.window.span
         self._polls.append((poll.window.asked_at, started_from, started_to))

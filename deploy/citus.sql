@@ -1,7 +1,7 @@
 -- Spreads what is kept per call over the workers of a Citus cluster, by call id. On the coordinator, as the owner of the
 -- schema, after every `billing-tailer migrate`, and before grants.sql; stop the daemons for it where there are rows:
 --
---   psql postgresql://owner@db/billing -v schema=billing -f deploy/citus.sql
+--   psql postgresql://billing_owner@db/billing -v schema=billing -f deploy/citus.sql
 --
 -- It may be run again: tables that are distributed are left alone. docs/growing.md has the whole way.
 --

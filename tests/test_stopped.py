@@ -189,6 +189,24 @@ def test_late_calls_are_asked_for_in_turn(dsn: str, tmp_path: Path, changes: dic
         assert list(second.late) == [f"call-{number:08d}" for number in range(10, 15)]
 
 
+def test_one_call_that_cannot_be_asked_for_holds_no_deadline_up(dsn: str, tmp_path: Path) -> None:
+    """Its span of time was read to the end: it is overdue like any other."""
+    log(tmp_path, lines(0, 2))
+    with following(dsn, tmp_path) as rig:
+        execute(dsn, "update unsettled_facts set committed_at = now() - interval '31 seconds'")
+        window = rig.ledger.poll_window(None, None, 10)
+        assert list(window.late) == ["call-00000000", "call-00000001"]
+        with spendlogs.spend_logs([spendlogs.row(payload(1))], refused=["call-00000000"]) as url:
+            logs = SpendLogs(url, "key", stop=threading.Event())
+            poll = Poller(logs, partial(parse_row, cost_max=Decimal(1000)), lambda: None)._poll(window)
+            logs.close()
+        assert (poll.covered, poll.complete) == (True, False)
+        assert poll.failure is not None
+        settler = rig.tailer._settler
+        settler._take(poll)
+        assert settler._polls == [(window.asked_at, *(window.span or ())[:2])]
+
+
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 -- What each database role may do in the schema. As its owner, after every `billing-tailer migrate`:
 --
---   psql postgresql://owner@db/billing -v schema=billing -v owner=billing_owner -v daemon=billing_tailer -v readonly=billing_reader \
+--   psql postgresql://billing_owner@db/billing -v schema=billing -v owner=billing_owner -v daemon=billing_tailer -v readonly=billing_readonly \
 --        -f deploy/postgres/grants.sql
 --
 -- The roles are there already: this file makes none, and gives nobody a password. It may be run again at any time, in
@@ -21,7 +21,7 @@
 \if :{?schema}   \else \set schema billing          \endif
 \if :{?owner}    \else \set owner billing_owner     \endif
 \if :{?daemon}   \else \set daemon billing_tailer   \endif
-\if :{?readonly} \else \set readonly billing_reader \endif
+\if :{?readonly} \else \set readonly billing_readonly \endif
 
 begin;
 set local client_min_messages = warning;

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,8 +32,9 @@ def row(event: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0) -> Iterator[str]:
-    """The base URL of a server that knows these rows, and those that are put to them later. port: 0 is a free one."""
+def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0, refused: Collection[str] = ()) -> Iterator[str]:
+    """The base URL of a server that knows these rows, and those that are put to them later. port: 0 is a free one.
+    refused: call ids that it takes for a mistake."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -43,6 +44,9 @@ def spend_logs(rows: Sequence[dict[str, Any]], port: int = 0) -> Iterator[str]:
                 self._answer({"status": "healthy", "litellm_version": "1.106.2"})
                 return
             ordered = sorted(rows, key=lambda one: str(one["startTime"]))
+            if query.get("request_id") in refused:
+                self.send_error(400)
+                return
             if url.path == "/spend/logs":
                 self._answer([one for one in ordered if one["litellm_call_id"] == query["request_id"]])
                 return

@@ -108,9 +108,8 @@ on conflict (call_id) do nothing
 returning call_id
 
 -- name: known_lines
--- What identifies the requests of these calls: nginx's id, or, where the log has none, the line itself. The line that
--- made the fact is the one at the fact's own range, unless that range was read before: then it is a replay like any
--- other second line of the same request.
+-- What identifies the requests of these calls: nginx's id, or, where the log has none, the line itself. A further line
+-- of one of them is a replay.
 select call_id, nginx_request_id, line_sha256 from usage_facts where call_id = any(%(call_ids)s)
 union all
 select call_id, nginx_request_id, line_sha256 from call_conflicts where call_id = any(%(call_ids)s)
