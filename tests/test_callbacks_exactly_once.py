@@ -141,8 +141,9 @@ def test_a_write_torn_by_a_kill_leaves_nothing_to_do(dsn: str, tmp_path: Path) -
         assert outcomes(dsn)["torn"] == 1
         found = {row["call_id"] for row in rows(dsn, "select call_id from spend_records")}
         assert {f"whole-{number}" for number in range(100)} <= found
-        status = answer_of(run_verb(daemon.variables, "status", "--json"))
+        status = answer_of(run_verb(daemon.variables, "status", "--json"), code=1)
         assert (status["dead_letters_open"], status["lag_bytes"]) == (0, 0)
+        assert [one["reason"] for one in status["unhealthy"]] == ["1 call is overdue"]
         assert_sound(dsn, {_file_id(dsn, path): path.read_bytes()})
 
 

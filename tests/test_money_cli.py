@@ -595,7 +595,7 @@ def test_reconcile_when_litellm_is_away(verb: Verb, day: None) -> None:
 
 
 def test_status_counts_calls_and_money(verb: Verb, dsn: str, log: Path, day: None) -> None:
-    found = verb.json("status")
+    found = verb.json("status", code=1)
     assert (found["facts"], found["pending_calls"], found["receipts"]) == (8, 4, 3)
     assert found["exceptions_open"] == {
         "cost_mismatch": 1,
@@ -604,7 +604,7 @@ def test_status_counts_calls_and_money(verb: Verb, dsn: str, log: Path, day: Non
         "overdue": 1,
         "unattributed": 1,
     }
-    assert "exceptions_open    cost_mismatch=1, held_zero_cost=1" in verb("status")
+    assert "exceptions_open    cost_mismatch=1, held_zero_cost=1" in verb("status", code=1)
     settle(dsn, log.parent / "audit-2.jsonl", b"")
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("update billing.tail_files set source_id = 'other'")

@@ -19,11 +19,17 @@ ROWS: list[dict[str, Any]] = [
         "path": PATH,
         "state": "blocked",
         "size": 1234567,
-        "seen_at": (NOW - timedelta(minutes=3, seconds=5)).isoformat(),
+        "seen_at": "",
     },
     {"file_id": 7, "path": "/b", "state": "live", "size": None, "seen_at": None},
 ]
 COLUMNS = ["file_id", "path", "state", "size", "seen_at"]
+
+
+@pytest.fixture(autouse=True)
+def _seen_three_minutes_ago() -> None:
+    """Not when this module was read: the session may be half an hour old."""
+    ROWS[0]["seen_at"] = (datetime.now(UTC) - timedelta(minutes=3, seconds=5)).isoformat()
 
 
 class Terminal(io.StringIO):

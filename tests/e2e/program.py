@@ -17,6 +17,7 @@ class Program:
 
     def __init__(self, command: Sequence[str], cwd: Path, environment: Mapping[str, str], log_path: Path) -> None:
         self._log_path = log_path
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # below nohup it is ignored, and what is ignored is inherited
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
