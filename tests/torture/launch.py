@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from billing_tailer import cli
+from billing_tailer import cli, run_cli
 from tests.support.daemon import clean_environment
 from tests.torture.steps import Steps
 
+PRELOADED: Final = (run_cli,)
+"""Verbs load what they need when they are called; here that is loaded once, and not by every fork."""
 NAME_BYTES_MAX: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
 DURING_SECONDS_MAX: Final = 0.002
