@@ -79,7 +79,7 @@ class Events:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._log: structlog.typing.FilteringBoundLogger = structlog.get_logger()
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client's own types lack it
         ProcessCollector(registry=registry)
 
         def gauge(name: str, meaning: str, *labels: str) -> Gauge:

@@ -4,6 +4,7 @@ Whatever the range, memory is bounded and no snapshot is held for longer than fi
 its name, or not at all; standard output may be cut where the verb fails, and then the exit code is not 0.
 """
 
+import io
 import os
 import sys
 import tempfile
@@ -79,7 +80,8 @@ def _range(start: str | None, end: str | None) -> Range:
 def _target(output: Path | None) -> Iterator[TextIO]:
     """Where to write: beside the file, which takes its name when all is on disk."""
     if output is None:
-        sys.stdout.reconfigure(encoding="utf-8", newline="")  # type: ignore[union-attr]  # CSV brings its own line ends
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a test may have put something else there
+            sys.stdout.reconfigure(encoding="utf-8", newline="")  # CSV brings its own line ends
         yield sys.stdout
         sys.stdout.flush()
         return

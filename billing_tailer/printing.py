@@ -10,6 +10,7 @@ module of the verbs that prints (held by ruff's T20).
 Never what a stranger's log line tells a terminal (tests/test_cli.py::test_strangers_do_not_write_to_the_terminal).
 """
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,8 @@ def age(moment: datetime, now: datetime) -> str:
 def write_escapes() -> None:
     """Of characters that the terminal, the file or the pipe of this process cannot take."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # a test may have put something else there
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any) -> None:

@@ -125,7 +125,8 @@ def _capture_ratio(ledger: Reports, settings: Settings) -> str | None:
         counts = ledger.closed_window(settings.settle_deadline_seconds + SWEEP_SECONDS_MAX)
     except LedgerUnavailable:
         return None
-    return plain(rate(counts["settled"] + counts["not_charged"], counts["billable"]))  # type: ignore[no-any-return]
+    ratio: str | None = plain(rate(counts["settled"] + counts["not_charged"], counts["billable"]))
+    return ratio
 
 
 def _unhealthy(rows: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Iterator[dict[str, str]]:

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -62,7 +63,7 @@ def _backlog(admin: str, directory: Path, count: int, pairs: int) -> dict[str, f
     for _ in range(pairs):
         with _database(admin) as dsn:
             with _daemon(dsn, directory) as daemon:
-                daemon.wait_until(lambda dsn=dsn: _facts(dsn) == count, timeout=300)  # type: ignore[misc]
+                daemon.wait_until(partial(lambda dsn: _facts(dsn) == count, dsn), timeout=300)
                 memory.append(_peak_mb(daemon.pid))
                 first = next(daemon.events("file.new"))["timestamp"]
                 last = list(daemon.events("batch.committed"))[-1]["timestamp"]

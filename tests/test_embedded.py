@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -235,7 +236,7 @@ def test_killed_owner_leaves_no_server_and_keeps_the_data(data_dir: Path) -> Non
             if round_number == 2:  # the next owner comes at once, while the old server shuts down
                 with EmbeddedPostgres(data_dir) as server:
                     assert server.pid != server_pid
-            wait_until(lambda pid=server_pid: not is_running(pid), 5)  # type: ignore[misc]
+            wait_until(partial(lambda pid: not is_running(pid), server_pid), 5)
         assert attach(data_dir) is None
     with EmbeddedPostgres(data_dir) as server:
         assert scalar(server.dsn, "SELECT count(*) FROM kept") == 1000

@@ -40,7 +40,7 @@ class FakeLiteLLM:
         self.page_rows_max = 1000
         self.count_cap = 10_000
         self.sorted_as_asked = True
-        self.tie: Callable[[str], object] = str
+        self.tie: Callable[[Any], Any] = str
         """Orders rows of one time; may give another order at every call, as Postgres may."""
         self.grow: Callable[[], object] = lambda: None
         """Called before the count and between count and rows."""
@@ -90,7 +90,7 @@ class FakeLiteLLM:
         total = min(len(self._matching(start, end, query)), self.count_cap)
         self.grow()
         matching = self._matching(start, end, query)
-        matching.sort(key=lambda row: self.tie(row["request_id"]))  # type: ignore[arg-type,return-value]
+        matching.sort(key=lambda row: self.tie(row["request_id"]))
         if self.sorted_as_asked:
             matching.sort(key=lambda row: str(row["startTime"]))
         page = {

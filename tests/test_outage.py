@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,8 +107,7 @@ def test_a_connection_cut_after_commit_arrived(dsn: str, tmp_path: Path) -> None
             time.sleep(0.1 * (number % 4))
             proxy.drop()
             proxy.forward()
-            expected = 2 * number + 2
-            daemon.wait_until(lambda expected=expected: count(dsn, "usage_facts") == expected)  # type: ignore[misc]
+            daemon.wait_until(partial(lambda expected: count(dsn, "usage_facts") == expected, 2 * number + 2))
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
     assert outcomes(dsn) == {"fact": 20}
     assert_sound(dsn, {1: log.read_bytes()})

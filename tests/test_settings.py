@@ -173,9 +173,9 @@ def test_every_value_is_read() -> None:
 
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError):
-        load({}).http_port = 1  # type: ignore[misc]
+        load({}).http_port = 1  # type: ignore[misc]  # what mypy refuses, Python must too
     with pytest.raises(FrozenInstanceError):
-        OffsetReset("/a", 0).path = "/b"  # type: ignore[misc]
+        OffsetReset("/a", 0).path = "/b"  # type: ignore[misc]  # as above
 
 
 def test_other_variables_are_nobodys_business() -> None:

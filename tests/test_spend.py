@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import ijson  # type: ignore[import-untyped]
+import ijson  # type: ignore[import-untyped]  # it has no types
 import orjson
 import pytest
 from hypothesis import example, given
@@ -395,7 +395,7 @@ COSTS: list[tuple[object, str | None, str | None]] = [
     ({"usd": 0.1}, None, "a JSON dict"),
     (1e300, None, "1e+300"),
     (10**30, None, "1" + "0" * 30),
-    pytest.param(2**9999, None, "an integer of 10000 bits", id="huge"),  # type: ignore[list-item]
+    pytest.param(2**9999, None, "an integer of 10000 bits", id="huge"),  # type: ignore[list-item]  # beside tuples
     ("1e-9999", None, "1e-9999"),
     ("9" * 100, None, "9" * 77 + "..."),
     (Decimal("0." + "3" * 100), None, "0." + "3" * 75 + "..."),
