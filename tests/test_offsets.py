@@ -15,7 +15,7 @@ from billing_tailer.ledger import reports
 from billing_tailer.rulings import plan_acceptance, plan_adoption
 from tests.support.daemon import Daemon
 from tests.support.follow import Rig, following
-from tests.support.logfiles import append
+from tests.support.logfiles import append, busy_writer
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.verbs import Verb
@@ -448,31 +448,20 @@ def test_a_tailer_that_has_not_noticed_yet(verb: Verb, dsn: str, log: Path) -> N
 def test_a_running_daemon(verb: Verb, dsn: str, log: Path, tmp_path: Path) -> None:
     """A process, with files that are written while operators decide."""
     append(log, lines(0, 10))
-    stop, written = threading.Event(), [100]
     busy = log.with_name("audit-busy.jsonl")
     variables = {
         "BILLING_TAILER_AUDIT_GLOBS": f"{log.parent}/audit*.jsonl*",
         "BILLING_TAILER_DATABASE_URL": dsn,
     }
 
-    def write() -> None:
-        while not stop.wait(0.002):
-            append(busy, lines(written[0], 3))
-            written[0] += 3
-
-    writer = threading.Thread(target=write)
     with Daemon(variables, tmp_path / "log") as daemon:
         daemon.wait_until(lambda: count(dsn, "usage_facts") == 10)
-        writer.start()
-        try:
+        with busy_writer(busy, 100) as written:
             os.truncate(log, len(lines(0, 5)))
             daemon.wait_until(lambda: ("blocked", "offset_past_end", 7100) in states(dsn))
             (blocked,) = [row for row in verb.json("files") if row["state"] == "blocked"]
             verb(*blocked["decide"][0].split()[1:-1], "ticket 7")
             daemon.wait_until(lambda: ("live", None, len(lines(0, 5))) in states(dsn))
-        finally:
-            stop.set()
-            writer.join()
         daemon.wait_until(lambda: count(dsn, "usage_facts") == 10 + written[0] - 100)
         daemon.wait_until(lambda: daemon.get("/readyz").status_code == 200)
         assert daemon.alive()

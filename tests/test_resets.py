@@ -2,7 +2,6 @@
 
 import os
 import random
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from billing_tailer.resets import NotInSight, OrderedReset, newest_at, parse_req
 from billing_tailer.settings import OffsetReset, load
 from tests.support.daemon import Daemon
 from tests.support.follow import Rig, following
-from tests.support.logfiles import append
+from tests.support.logfiles import append, busy_writer
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 
@@ -354,26 +353,13 @@ def test_a_busy_daemon_adopts_resets(dsn: str, log: Path, tmp_path: Path) -> Non
     """The offset moves hundreds of times a second, and operators win now and then."""
     append(log, lines(0, 10))
     environment = variables(dsn, log, LOG_LEVEL="warning")
-    stop = threading.Event()
-    written = [10]
-
-    def write() -> None:
-        while not stop.wait(0.002):
-            append(log, lines(written[0], 3))
-            written[0] += 3
-
-    writer = threading.Thread(target=write)
     with Daemon(environment, tmp_path / "log") as daemon:
-        writer.start()
-        try:
+        with busy_writer(log, 10) as written:
             daemon.wait_until(lambda: count(dsn, "usage_facts") > 100)
             for _ in range(8):
                 at = random.randrange(written[0])
                 operator_resets(environment, f"{log}={random.choice(['beginning', len(lines(0, at))])}")
                 time.sleep(random.random() / 5)
-        finally:
-            stop.set()
-            writer.join()
         daemon.wait_until(lambda: count(dsn, "usage_facts") == written[0])
         size = log.stat().st_size
         daemon.wait_until(lambda: rows(dsn, "select committed_offset as n from tail_files") == [{"n": size}])

@@ -8,7 +8,7 @@ takes too long says so. Whoever has no session is led to the form; programs send
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
@@ -33,7 +33,8 @@ from billing_tailer.settle import Rules
 from billing_tailer.web.access import Access
 from billing_tailer.web.answers import summary_json
 from billing_tailer.web.chart import chart
-from billing_tailer.web.parameters import VALUE_CHARACTERS_MAX, identifier, integer, refused
+from billing_tailer.web.endpoints import Endpoint, json_endpoint
+from billing_tailer.web.parameters import VALUE_CHARACTERS_MAX, identifier, integer
 from billing_tailer.web.rendering import link, page, stamp
 from billing_tailer.web.runs import placed_line
 from billing_tailer.web.sessions import Failures, Sessions, is_from_elsewhere
@@ -54,7 +55,6 @@ FORM_BYTES_MAX: Final = 4096
 RANGE_PARAMETERS: Final = ("range", "from", "to", "account", "model")
 
 T = TypeVar("T")
-_Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class _Pages:
 
     # --- who may ask, and what goes wrong
 
-    def _page(self, answer: _Endpoint) -> _Endpoint:
+    def _page(self, answer: Endpoint) -> Endpoint:
         @functools.wraps(answer)
         async def endpoint(request: Request) -> Response:
             refusal = self._access.refusal(request)
@@ -138,23 +138,8 @@ class _Pages:
         query = {name: request.query_params.get(name, "") for name in RANGE_PARAMETERS}
         return page("trouble.html", status, headers, **self._common(None), message=message, hint=hint, query=query)
 
-    def _json(self, answer: _Endpoint) -> _Endpoint:
-        @functools.wraps(answer)
-        async def endpoint(request: Request) -> Response:
-            refusal = self._access.refusal(request)
-            if refusal is not None:
-                return refusal
-            try:
-                return await answer(request)
-            except BadValue as bad:
-                return refused(bad)
-            except TooMuch as error:
-                return JSONResponse({"error": error.message, "hint": error.hint}, 422)
-            except TailerError as error:
-                words = {"error": f"this cannot be read now: {error.message}", "hint": error.hint}
-                return JSONResponse(words, 503, headers={"Retry-After": "1"})
-
-        return endpoint
+    def _json(self, answer: Endpoint) -> Endpoint:
+        return json_endpoint(self._access, answer, "this cannot be read now")
 
     def _common(self, progress: activity.Progress | None) -> dict[str, Any]:
         return {"progress": progress, "with_login": self._sessions is not None, "source_id": self._source_id}

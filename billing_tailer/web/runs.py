@@ -12,9 +12,8 @@ false any more, or at its time. Money and credits are decimal strings: receipts 
 
 import asyncio
 import contextlib
-import functools
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -24,13 +23,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from billing_tailer.errors import TailerError
 from billing_tailer.files import read_range
 from billing_tailer.given import BadValue
 from billing_tailer.ledger import Reads, RunStatus
 from billing_tailer.web.access import Access
-from billing_tailer.web.parameters import identifier, integer, refused
-from billing_tailer.web.waiters import TooManyWaiting, Waiters
+from billing_tailer.web.endpoints import Endpoint, json_endpoint
+from billing_tailer.web.parameters import identifier, integer
+from billing_tailer.web.waiters import Waiters
 
 WAIT_SECONDS_MAX = 60
 CALLS_MAX = 1_000_000
@@ -41,29 +40,13 @@ LINE_BYTES_MAX = 1 << 20
 CLIENT_LEFT = 499
 _STOPPED = ("held_zero_cost", "held_bad_cost", "conflict", "unattributed", "overdue")
 
-_Endpoint = Callable[[Request], Awaitable[Response]]
-
 
 def run_routes(token: str | None, reads: Reads, waiters: Waiters) -> list[BaseRoute]:
     """The application's API. token: API_TOKEN; None lets only clients on this machine in."""
     access = Access(token)
 
-    def guarded(answer: _Endpoint) -> _Endpoint:
-        @functools.wraps(answer)
-        async def endpoint(request: Request) -> Response:
-            refusal = access.refusal(request)
-            if refusal is not None:
-                return refusal
-            try:
-                return await answer(request)
-            except BadValue as bad:
-                return refused(bad)
-            except TooManyWaiting:
-                return _unavailable("too many clients wait already", "try again in a second")
-            except TailerError as error:
-                return _unavailable(f"Postgres does not answer: {error.message}", error.hint)
-
-        return endpoint
+    def guarded(answer: Endpoint) -> Endpoint:
+        return json_endpoint(access, answer, "Postgres does not answer")
 
     async def run(request: Request) -> Response:
         return await _run(request, reads, waiters)
@@ -72,10 +55,6 @@ def run_routes(token: str | None, reads: Reads, waiters: Waiters) -> list[BaseRo
         return await _call(request, reads)
 
     return [Route("/v1/runs/{run_id:path}", guarded(run)), Route("/v1/calls/{call_id:path}", guarded(call))]
-
-
-def _unavailable(reason: str, hint: str) -> Response:
-    return JSONResponse({"error": reason, "hint": hint}, 503, headers={"Retry-After": "1"})
 
 
 # --- parameters

@@ -256,6 +256,12 @@ def reading(world: World) -> None:
     seen.is_quiet(1)
 
 
+def give_up(daemon: Daemon, dsn: str, state: str) -> None:
+    """What an operator does about the one file in this state whose rest is lost."""
+    (file,) = rows(dsn, "select file_id from tail_files where state = %s", state)
+    verb(daemon, "offsets", "accept-gap", str(file["file_id"]), *REASON)
+
+
 def files(world: World) -> None:
     """Files that are cut, deleted or emptied."""
     dsn = world.database()
@@ -267,15 +273,13 @@ def files(world: World) -> None:
     daemon.wait_until(lambda: len(rows(dsn, "select 1 from usage_facts")) == 11)
     os.truncate(world.log, len(lines(0, 5)))  # someone cuts committed lines off; emptied first, it would be a gap
     seen.fires("BillingTailerFileBlocked")
-    (blocked,) = rows(dsn, "select file_id from tail_files where state = 'blocked'")
-    verb(daemon, "offsets", "accept-gap", str(blocked["file_id"]), *REASON)
+    give_up(daemon, dsn, "blocked")
     seen.clears("BillingTailerFileBlocked")
     seen.fires("BillingTailerOffsetReset", source="cli")
 
     again(daemon, world.log.unlink)
     seen.fires("BillingTailerFileMissing")
-    (missing,) = rows(dsn, "select file_id from tail_files where state = 'missing'")
-    verb(daemon, "offsets", "accept-gap", str(missing["file_id"]), *REASON)
+    give_up(daemon, dsn, "missing")
     seen.clears("BillingTailerFileMissing")
 
     world.log.write_bytes(lines(20, 10))
