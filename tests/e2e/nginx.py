@@ -64,7 +64,8 @@ class Nginx:
         self._upstream = upstream
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
+    def configured(self) -> list[str]:
+        """Writes the configuration; gives the command that reads it."""
         command = [program("nginx"), "-p", str(self.directory), "-e", str(self.directory / "error.log")]
         self.log_dir.mkdir()
         values = {"LISTEN": f"127.0.0.1:{self.port}", "LITELLM": self._upstream, "LOG_DIR": str(self.log_dir)}
@@ -72,7 +73,10 @@ class Nginx:
         main = MAIN_CONFIG.replace("@DIR@", str(self.directory))
         main = main.replace("@USER@", "user root;" if os.geteuid() == 0 else "")
         self.directory.joinpath("nginx.conf").write_text(main, "utf-8")
-        self._process = subprocess.Popen([*command, "-c", str(self.directory / "nginx.conf")])
+        return [*command, "-c", str(self.directory / "nginx.conf")]
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(self.configured())
         self._wait_until_it_listens()
         return self
 

@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import random
+import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -187,3 +188,17 @@ def _check_ranges(connection: psycopg.Connection[dict[str, Any]], logs: list[Pat
             counts.update(batch["counts"])
         assert offset == file["committed_offset"] == len(content)
     assert +counts == OUTCOMES
+
+
+@pytest.mark.e2e
+def test_nginx_takes_the_rendered_template(tmp_path: Path) -> None:
+    """By its own `-t`, without a word about it; and it says where one is wrong."""
+    nginx = Nginx(tmp_path, "127.0.0.1:4000")
+    command = [*nginx.configured(), "-t"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.returncode, "[warn]" in found.stderr, "test is successful" in found.stderr) == (0, False, True)
+    audit = tmp_path / "audit.conf"
+    audit.write_text(audit.read_text("utf-8").replace("escape=json", "escape=jsom"), "utf-8")
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert "jsom" in found.stderr
