@@ -277,7 +277,7 @@ def test_audit_lines(dsn: str, tmp_path: Path) -> None:
     found = outcomes(dsn)
     print(f"\n{seen} audit lines; of {len(kept)} in Postgres: {found}", end=" ")
     for outcome in ("fact", "dead_letter", "not_llm_route", "rejected_before_llm"):
-        assert found.get(outcome, 0) > 10, "the mutations reach everything"
+        assert found.get(outcome, 0) > 0, f"the mutations reach no {outcome}: {found}"
 
 
 def test_spool_lines(dsn: str, tmp_path: Path) -> None:
@@ -285,9 +285,9 @@ def test_spool_lines(dsn: str, tmp_path: Path) -> None:
     assert_postgres_takes(dsn, tmp_path / "callbacks-fuzz.jsonl", kept)
     found = outcomes(dsn)
     print(f"\n{seen} spool lines; of {len(kept)} in Postgres: {found}", end=" ")
-    assert count(dsn, "spend_records") > 10
+    assert count(dsn, "spend_records") > 0
     for outcome in ("spend_record", "dead_letter"):
-        assert found.get(outcome, 0) > 10, "the mutations reach everything"
+        assert found.get(outcome, 0) > 0, f"the mutations reach no {outcome}: {found}"
 
 
 def test_rows_of_spend_logs() -> None:
