@@ -131,12 +131,12 @@ class Rejected(NamedTuple):
 
 
 class FactRow(NamedTuple):
-    """A usage fact on its way into Postgres. text: its columns; waiting: its entry in the work list of calls that wait
-    for settlement; both as `rows` writes them."""
+    """A usage fact on its way into Postgres. text: its columns, as `rows` writes them; second: that of the epoch in
+    which the request ended."""
 
     call_id: str
     text: str
-    waiting: str
+    second: int
 
 
 class PlacedFact(NamedTuple):

@@ -108,8 +108,9 @@ def take_lines(
 ) -> FileWork | None:
     """The whole lines at the beginning of a chunk, at most `lines_max`, and only up to one that begins with NUL bytes;
     None where there is none."""
-    hole = -1 if chunk.data.startswith(b"\0") else chunk.data.find(b"\n\0")
-    cut = hole + 1 if hole >= 0 or chunk.data.startswith(b"\0") else chunk.data.rfind(b"\n") + 1
+    # one byte is found ten times as fast as two, and hardly any log has a NUL
+    hole = chunk.data.find(b"\n\0") if b"\0" in chunk.data else -1
+    cut = 0 if chunk.data.startswith(b"\0") else hole + 1 if hole >= 0 else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
     lines = chunk.data[:cut].split(b"\n", lines_max)

@@ -5,8 +5,9 @@ A row is made once, where the line is read, and travels as text: nothing between
 """
 
 import re
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
+from math import floor
 
 from billing_tailer.model import FactRow, UsageFact
 
@@ -25,8 +26,6 @@ SHARED_COLUMNS = tuple(name for name in UsageFact._fields if name not in OWN_COL
 """Columns of which many calls have the same values: `fastlane` makes their text once."""
 COLUMNS = (*OWN_COLUMNS, *SHARED_COLUMNS)
 """The columns of a row's text, in its order."""
-WAITING_COLUMNS = ("call_id", "started_at")
-"""The columns of the text of an entry in the work list."""
 
 _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r", "\b": "\\b", "\f": "\\f", "\v": "\\v"})
 _UNESCAPED = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r", "b": "\b", "f": "\f", "v": "\v"}
@@ -35,12 +34,8 @@ _ESCAPED = re.compile(r"\\(.)")
 
 def row_of(fact: UsageFact) -> FactRow:
     """The fact as text, without its place."""
-    started_at = fact.occurred_at - timedelta(seconds=float(fact.request_seconds or 0))
-    return FactRow(
-        fact.call_id,
-        "\t".join([_text(getattr(fact, name)) for name in COLUMNS]),
-        f"{_text(fact.call_id)}\t{_text(started_at)}",
-    )
+    text = "\t".join([_text(getattr(fact, name)) for name in COLUMNS])
+    return FactRow(fact.call_id, text, floor(fact.occurred_at.timestamp()))
 
 
 def shared_text(fact: UsageFact) -> str:

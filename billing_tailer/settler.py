@@ -28,6 +28,8 @@ PAUSE_FACTOR = 4
 """A page in which there was nothing to do is followed by a pause so many times as long."""
 COUNT_PAUSE_FACTOR = 20
 BATCH_CALLS_MAX = 1000
+LIST_SECONDS_MAX = 60.0
+"""So long may the calls of large batches wait for their entries in the work list, while there is more to read."""
 POLL_SECONDS = 2.0
 """How long after one poll of the spend logs the next one begins, while calls wait."""
 ASKED_BY_NAME_MAX = 10
@@ -70,6 +72,7 @@ class Settler:
         self._spool_is_behind = spool_is_behind
         self._notify = notify
         self._next_sweep = 0.0
+        self._unlisted_since: float | None = None
         self._swept_to: tuple[datetime, str] | None = None
         self._next_review = 0.0
         self._reviewed_to: tuple[str, str] | None = None
@@ -98,11 +101,17 @@ class Settler:
         """Decide calls that are decidable."""
         self._settle_all(sorted(call_ids))
 
-    def turn(self) -> bool:
-        """What time brings: polls and sweeps. True if there may be more to do at once."""
-        more = False
+    def note_unlisted(self) -> None:
+        """There may be facts that are not on the work list."""
+        if self._unlisted_since is None:
+            self._unlisted_since = time.monotonic()
+
+    def turn(self, *, busy: bool = False) -> bool:
+        """What time brings: polls, lists and sweeps. busy: there is more to read, and what can wait waits. True if
+        there may be more to do at once."""
+        more = self._list(busy=busy)
         if self._poller is not None:
-            more = self._poll(self._poller)
+            more = self._poll(self._poller) or more
         if not self._reviewed and time.monotonic() >= self._next_review:
             more = self._review() or more
         if self._reviewed and self._resumed_to is not None and time.monotonic() >= self._next_review:
@@ -111,9 +120,19 @@ class Settler:
             more = self._sweep() or more
         return more
 
+    def _list(self, *, busy: bool) -> bool:
+        """Put a range of facts on the work list; True if there may be more of them."""
+        if self._unlisted_since is None or (busy and time.monotonic() < self._unlisted_since + LIST_SECONDS_MAX):
+            return False
+        if self._ledger.list_facts():
+            return True
+        self._unlisted_since = None
+        return False
+
     def _sweep(self) -> bool:
         """The touched calls, and a page of those that wait; True if there is more to do at once."""
         began = time.monotonic()
+        self.note_unlisted()  # a backfill may have left some, or another source's daemon
         touched = self._ledger.touched_calls(PAGE_CALLS)
         page = self._ledger.waiting_calls(self._swept_to, PAGE_CALLS, self._timing.deadline_seconds)
         due = self._ledger.due_calls(page.calls, by_header=self._by_header, is_over=self._nobody_left_to_ask)

@@ -173,7 +173,7 @@ class Tailer:
         if batch.works:
             self._commit(batch)
         archiving = self._follower.read_archives()
-        settling = self._settler.turn()
+        settling = self._settler.turn(busy=batch.full)
         if time.monotonic() >= self._next_tidy:
             self._next_tidy = time.monotonic() + TIDY_SECONDS
             self._tidy()
@@ -244,6 +244,7 @@ class Tailer:
         self._ahead = ahead if committed.steps == plan.steps else None
         if isinstance(known, LedgerUnavailable):
             raise known
+        self._settler.note_unlisted()
         self._settler.after_commit(known)
 
     def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:

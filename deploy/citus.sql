@@ -9,6 +9,7 @@
 -- key contains the call id, since a shard knows of no other. The daemon's COPY and INSERT into them and its UPDATE of
 -- the local position are one transaction (two-phase where several workers take part).
 --
+-- unlisted_facts has byte ranges, and is looked at beside the facts: a copy of these few rows is on each worker.
 -- Positions (tail_*, log_gaps, dead_letters, offset_resets, backfills), skipped_calls, unaudited_progress, prunes and
 -- schema_migrations stay plain tables of the coordinator: they are small, their keys are file ids and sequences, and who
 -- commits is decided there. Nothing of them has to be known to Citus. Daemons connect to the coordinator alone, whose
@@ -44,6 +45,10 @@ select count(create_distributed_table(
            colocate_with => case step when 1 then 'none' else format('%I.usage_facts', :'schema') end)) as distributed
 from (select * from citus_plan
       where not exists (select from pg_dist_partition p where p.logicalrelid = citus_plan.oid) order by step) todo
+\g /dev/null
+
+select create_reference_table(oid) from (select format('%I.unlisted_facts', :'schema')::regclass as oid) u
+where not exists (select from pg_dist_partition p where p.logicalrelid = oid)
 \g /dev/null
 
 commit;

@@ -18,6 +18,7 @@ from tests.support.proof import rows
 
 SCRIPT = (ROOT / "deploy/citus.sql").read_text()
 DISTRIBUTED: Mapping[str, str] = dict(re.findall(r"^    \('(\w+)', '(\w+)'\)", SCRIPT, re.MULTILINE))
+REFERENCE = set(re.findall(r"create_reference_table\(oid\) from \(select format\('%I\.(\w+)'", SCRIPT))
 LOCAL = {
     "tail_files",
     "tail_batches",
@@ -39,7 +40,8 @@ def test_every_table_is_distributed_or_local(dsn: str) -> None:
         "select relname::text as name from pg_class "
         "where relkind in ('r', 'p') and relnamespace = 'billing'::regnamespace",
     )
-    assert {row["name"] for row in found} == {*DISTRIBUTED, *LOCAL}
+    assert {row["name"] for row in found} == {*DISTRIBUTED, *REFERENCE, *LOCAL}
+    assert len(REFERENCE) == 1
     keyed = rows(
         dsn,
         "select distinct c.relname::text as name from pg_class c join pg_attribute a on a.attrelid = c.oid "

@@ -173,7 +173,7 @@ def test_a_crash_between_a_conflict_and_its_decision(dsn: str, log: Path, monkey
     settle(dsn, log, line(1), payload(1))
     with monkeypatch.context() as patch, log.open("ab") as out:
         patch.setattr(Settler, "after_commit", lambda *_: None)
-        patch.setattr(Settler, "turn", lambda *_: False)
+        patch.setattr(Settler, "turn", lambda *_, **__: False)
         out.write(line(1, nginx_request_id="f" * 32, end_user="account-2"))
         out.flush()
         with following(dsn, log.parent):

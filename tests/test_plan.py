@@ -49,7 +49,7 @@ class Chunk:
 def parse(line: bytes) -> FactRow | Skip | Rejected:
     """By the first byte: f a fact, b a bad line, anything else a skip."""
     if line.startswith(b"f"):
-        return FactRow(line.decode("latin-1"), "", "")
+        return FactRow(line.decode("latin-1"), "", 0)
     if line.startswith(b"b"):
         return Rejected(DeadLetterReason.INVALID_JSON, "bad")
     return Skip(SkipReason.NOT_LLM_ROUTE)

@@ -148,7 +148,7 @@ def test_a_crash_between_the_two_transactions(dsn: str, tmp_path: Path, monkeypa
     spool(tmp_path, *(payload(number) for number in range(20)))
     with monkeypatch.context() as patch:
         patch.setattr(Settler, "after_commit", lambda *_: None)
-        patch.setattr(Settler, "turn", lambda _: False)
+        patch.setattr(Settler, "turn", lambda *_, **__: False)
         with following(dsn, tmp_path):
             pass
     assert (count(dsn, "usage_facts"), count(dsn, "charge_receipts")) == (20, 0)
@@ -317,7 +317,7 @@ def test_by_header_a_crash_forgets_nothing(dsn: str, tmp_path: Path, monkeypatch
     log(tmp_path, line(1) + line(2, end_user=""))
     with monkeypatch.context() as patch:
         patch.setattr(Settler, "after_commit", lambda *_: None)
-        patch.setattr(Settler, "turn", lambda _: False)
+        patch.setattr(Settler, "turn", lambda *_, **__: False)
         with following(dsn, tmp_path, rules=BY_HEADER):
             pass
     assert (count(dsn, "usage_facts"), count(dsn, "charge_receipts")) == (2, 0)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from operator import itemgetter
 from typing import Any
 
 import psycopg
@@ -82,6 +83,7 @@ _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
 _INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
 _INSERT_STAGED = query("insert_staged").format(columns=", ".join(COLUMNS))
+_STARTS = itemgetter(*map(COLUMNS.index, ("call_id", "occurred_at", "request_seconds")))
 
 
 class LedgerState(StrEnum):
@@ -398,8 +400,8 @@ class Ledger:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
                 copy_text(session, _COPY_FACTS, [row_text(fact) for fact in plan.facts])
-                copy_text(session, query("copy_unsettled"), [fact.fact.waiting for fact in plan.facts])
                 with session.pipeline() as pipeline:
+                    session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
                     self._write_positions(plan, steps, pipeline)
             return steps
         # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
@@ -408,9 +410,9 @@ class Ledger:
             steps = self._insert_records(plan)
             with session.pipeline() as pipeline:
                 if plan.facts:
-                    _texts(session).executemany(_INSERT_FACT, [_values(fact) for fact in plan.facts])
-                    waiting = [values_of(fact.fact.waiting) for fact in plan.facts]
-                    _texts(session).executemany(query("insert_unsettled"), waiting)
+                    values = [_values(fact) for fact in plan.facts]
+                    _texts(session).executemany(_INSERT_FACT, values)
+                    _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
                 self._write_positions(plan, steps, pipeline)
         return steps
 
@@ -497,6 +499,11 @@ class Ledger:
     def touched_calls(self, limit: int) -> list[str]:
         """Calls about which records have come that were not looked at yet."""
         return settlement.touched(self._session, limit)
+
+    def list_facts(self) -> bool:
+        """Put the calls of the oldest range that is not listed yet on the work list; False where there is none."""
+        with self.deciding():
+            return settlement.list_facts(self._session)
 
     def waiting_calls(
         self, after: tuple[datetime, str] | None, limit: int, deadline_seconds: int
@@ -620,6 +627,24 @@ def _texts(session: Connection) -> psycopg.Cursor[Any]:
 
 def _values(placed: PlacedFact) -> list[Any]:
     return [*values_of(placed.fact.text), placed.file_id, placed.start_offset, placed.end_offset]
+
+
+def _unlisted(plan: Plan) -> list[dict[str, int]]:
+    """The ranges of a plan whose facts are to be put on the work list later."""
+    seconds: dict[int, list[int]] = {}
+    for placed in plan.facts:
+        seconds.setdefault(placed.file_id, []).append(placed.fact.second)
+    return [
+        {
+            "file_id": step.position.file_id,
+            "start_offset": step.position.committed_offset,
+            "end_offset": step.end_offset,
+            "facts": len(seconds[step.position.file_id]),
+            "second": min(seconds[step.position.file_id]),
+        }
+        for step in plan.steps
+        if step.position.file_id in seconds
+    ]
 
 
 def _sort_out(

@@ -89,7 +89,7 @@ grant select, insert, update on call_exceptions to :"daemon";
 
 -- Work lists. What is done leaves them.
 grant select, insert, update, delete on unsettled_facts to :"daemon";
-grant select, insert, delete on touched_calls, skipped_calls to :"daemon";
+grant select, insert, delete on unlisted_facts, touched_calls, skipped_calls to :"daemon";
 grant select on unaudited_progress to :"daemon";
 grant update (counted_to) on unaudited_progress to :"daemon";
 
@@ -110,8 +110,8 @@ grant select on prunes, schema_migrations to :"daemon";
 -- Everything but the bytes of lines.
 grant select on
     usage_facts, call_conflicts, spend_records, charge_receipts, llm_charge_details, charge_adjustments,
-    call_exceptions, unsettled_facts, touched_calls, skipped_calls, unaudited_progress, tail_batches, log_gaps,
-    offset_resets, backfills, prunes, schema_migrations to :"readonly";
+    call_exceptions, unsettled_facts, unlisted_facts, touched_calls, skipped_calls, unaudited_progress, tail_batches,
+    log_gaps, offset_resets, backfills, prunes, schema_migrations to :"readonly";
 grant select (file_id, source_id, path, device, inode, generation, previous_file_id, committed_offset,
               frontier_sha256, frontier_bytes, size_seen, state, blocked_reason, dead_letter_bytes, first_seen_at,
               last_commit_at) on tail_files to :"readonly";

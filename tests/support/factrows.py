@@ -25,9 +25,3 @@ def fact_of(row: FactRow) -> UsageFact:
     pairs = zip(COLUMNS, values_of(row.text), strict=True)
     values: dict[str, Any] = {name: None if text is None else READ.get(name, str)(text) for name, text in pairs}
     return UsageFact(**values)
-
-
-def waiting_of(row: FactRow) -> tuple[str | None, datetime]:
-    """The entry in the work list: the call's id and its start."""
-    call_id, started_at = values_of(row.waiting)
-    return call_id, datetime.fromisoformat(str(started_at))

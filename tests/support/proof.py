@@ -8,12 +8,14 @@ from typing import Any
 import psycopg
 from psycopg.rows import dict_row
 
+from billing_tailer.ledger.sqlfile import QUERIES
 
-def rows(dsn: str, statement: str, *parameters: object) -> list[dict[str, Any]]:
+
+def rows(dsn: str, statement: str, *parameters: object, **named: object) -> list[dict[str, Any]]:
     """All rows of a query in schema billing."""
     with psycopg.connect(dsn, autocommit=True, row_factory=dict_row) as connection:
         connection.execute("set search_path to billing")
-        return connection.execute(statement, parameters).fetchall()
+        return connection.execute(statement, named or parameters).fetchall()
 
 
 def count(dsn: str, table: str) -> int:
@@ -55,6 +57,8 @@ def assert_sound(dsn: str, contents: Mapping[int, bytes] | None = None) -> None:
         if contents is not None and file["file_id"] in contents:
             _assert_bytes(contents[file["file_id"]], tiles, file)
     _assert_counts(dsn)
+    calls = [row["call_id"] for row in rows(dsn, "select call_id from usage_facts")]
+    assert rows(dsn, QUERIES["proof_unreceipted"], call_ids=calls) == [], "facts that nobody will look at again"
 
 
 def _assert_bytes(content: bytes, tiles: list[dict[str, Any]], file: dict[str, Any]) -> None:

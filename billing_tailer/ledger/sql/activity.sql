@@ -123,12 +123,16 @@ with stopped as materialized (
 ), first_waiting as materialized (
     select occurred_at from usage_facts where call_id = (select call_id from waiting order by started_at limit 1)
 )
-select (select min(occurred_at) from usage_facts
-        where call_id = any(array(select call_id from unsettled_facts
-                                  where started_at <= (select occurred_at from first_of_all)))) as unsettled_since,
-       (select min(occurred_at) from usage_facts
-        where call_id = any(array(select call_id from waiting
-                                  where started_at <= (select occurred_at from first_waiting)))) as waiting_since
+select least((select min(ended_from) from unlisted_facts),
+             (select min(occurred_at) from usage_facts
+              where call_id = any(array(select call_id from unsettled_facts
+                                        where started_at <= (select occurred_at from first_of_all)))))
+           as unsettled_since,
+       least((select min(ended_from) from unlisted_facts),
+             (select min(occurred_at) from usage_facts
+              where call_id = any(array(select call_id from waiting
+                                        where started_at <= (select occurred_at from first_waiting)))))
+           as waiting_since
 
 -- name: activity_files
 -- The files that are not finished.

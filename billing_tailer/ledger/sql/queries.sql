@@ -77,10 +77,12 @@ copy usage_facts ({columns}) from stdin with (null '')
 copy staged_facts ({columns}, line_number) from stdin with (null '')
 
 -- name: insert_unsettled
-insert into unsettled_facts (call_id, started_at) values (%s, %s)
+insert into unsettled_facts (call_id, started_at)
+values (%s, %s::timestamptz - make_interval(secs => coalesce(%s::float8, 0)))
 
--- name: copy_unsettled
-copy unsettled_facts (call_id, started_at) from stdin
+-- name: insert_unlisted
+insert into unlisted_facts (file_id, start_offset, end_offset, facts, ended_from)
+values (%(file_id)s, %(start_offset)s, %(end_offset)s, %(facts)s, to_timestamp(%(second)s))
 
 -- name: unsettle_staged
 insert into unsettled_facts (call_id, started_at)
@@ -276,6 +278,8 @@ with needed (privilege, relname, columns) as (
         ('INSERT', 'unsettled_facts', null),
         ('UPDATE', 'unsettled_facts', null),
         ('DELETE', 'unsettled_facts', null),
+        ('INSERT', 'unlisted_facts', null),
+        ('DELETE', 'unlisted_facts', null),
         ('INSERT', 'touched_calls', null),
         ('DELETE', 'touched_calls', null),
         ('INSERT', 'skipped_calls', null),
@@ -416,6 +420,25 @@ where u.call_id = any(%(call_ids)s) and u.ask_at is not null
                   where e.call_id = u.call_id and e.closed_at is null
                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
 
+-- name: oldest_unlisted
+select file_id, start_offset, end_offset from unlisted_facts order by committed_at, file_id, start_offset limit 1
+
+-- name: list_facts
+-- Whatever of a range still waits: `proof_unreceipted` says what does not.
+insert into unsettled_facts (call_id, started_at, committed_at)
+select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8), f.committed_at
+from usage_facts f
+where f.file_id = %(file_id)s and f.start_offset >= %(start_offset)s and f.start_offset < %(end_offset)s
+  and not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = f.call_id)
+  and not exists (select from call_exceptions e where e.call_id = f.call_id
+                  and (e.kind = 'not_charged' and e.closed_at is null
+                       or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
+                                                                  'overdue', 'conflict', 'not_charged')))
+on conflict do nothing
+
+-- name: forget_unlisted
+delete from unlisted_facts where file_id = %(file_id)s and start_offset = %(start_offset)s
+
 -- name: forget_unsettled
 delete from unsettled_facts where call_id = any(%(call_ids)s)
 
@@ -519,8 +542,10 @@ order by u.started_at, u.call_id limit %(limit)s
 update unsettled_facts set ask_at = %(ask_at)s where call_id = %(call_id)s and ask_at is not null
 
 -- name: settle_counts
-select (select count(*) from unsettled_facts) as pending,
-       (select extract(epoch from min(committed_at))::float8 from unsettled_facts) as oldest_pending
+-- Of those not listed yet, some may be settled.
+select (select count(*) from unsettled_facts) + (select coalesce(sum(facts), 0)::bigint from unlisted_facts) as pending,
+       extract(epoch from least((select min(committed_at) from unsettled_facts),
+                                (select min(committed_at) from unlisted_facts)))::float8 as oldest_pending
 
 -- name: open_exceptions
 select kind, count(*) as n from call_exceptions where closed_at is null group by kind
@@ -611,7 +636,9 @@ select pg_advisory_xact_lock(%(key)s)
 -- All receipts are this source's where there is no other one: a join of all of them is slow.
 select (select count(*) from unsettled_facts join usage_facts f using (call_id)
         where f.file_id in (select file_id from tail_files
-                            where source_id in (%(source_id)s, %(source_id)s || '.backfill'))) as pending_calls,
+                            where source_id in (%(source_id)s, %(source_id)s || '.backfill')))
+       + (select coalesce(sum(facts), 0)::bigint from unlisted_facts join tail_files using (file_id)
+          where source_id in (%(source_id)s, %(source_id)s || '.backfill')) as pending_calls,
        case when not exists (select 1 from tail_files
                              where source_id in (%(source_id)s, %(source_id)s || '.backfill')) then 0
             when not exists (select 1 from tail_files
@@ -707,6 +734,8 @@ select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_secon
             when 'overdue' = any(k.open) then 'overdue'
             when k.not_charged then 'not_charged'
             when u.call_id is not null then 'pending'
+            when exists (select from unlisted_facts l where l.file_id = f.file_id
+                         and l.start_offset <= f.start_offset and l.end_offset > f.start_offset) then 'pending'
             else 'closed' end as standing,
        r.provider_cost_usd + coalesce(a.cost, 0) as provider_cost_usd,
        r.charged_credits + coalesce(a.credits, 0)::bigint as credits,
@@ -821,6 +850,8 @@ select call_id from usage_facts f
 where call_id = any(%(call_ids)s)
   and not exists (select from charge_receipts r where r.source_system = 'litellm' and r.source_reference = f.call_id)
   and not exists (select from unsettled_facts u where u.call_id = f.call_id)
+  and not exists (select from unlisted_facts l where l.file_id = f.file_id
+                  and l.start_offset <= f.start_offset and l.end_offset > f.start_offset)
   and not exists (select from call_exceptions e where e.call_id = f.call_id
                   and (e.kind = 'not_charged' and e.closed_at is null
                        or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
