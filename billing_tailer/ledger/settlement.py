@@ -8,8 +8,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
+import orjson
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
@@ -283,9 +285,10 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
     reopened = [key for key, one in decisions.items() if one.standing not in SETTLED and not one.is_empty]
     stopped = [key for key, one in decisions.items() if one.standing in STOPPED or key in reopened]
     with wrapped(), connection.transaction(), connection.pipeline(), connection.cursor() as cursor:
+        if receipts:
+            cursor.execute(query("insert_receipts"), {"rows": _json(receipts)})
+            cursor.execute(query("insert_details"), {"rows": _json(details)})
         for name, rows in (
-            ("insert_receipt", [_receipt_row(receipt) for receipt in receipts]),
-            ("insert_details", [asdict(detail) for detail in details]),
             ("insert_adjustment", [{**asdict(one), "evidence": Jsonb(one.evidence)} for one in adjustments]),
             ("open_exception", [_exception_row(one) for one in opened]),
             ("close_exception", [_exception_row(one) for one in closed]),
@@ -307,13 +310,15 @@ def close(connection: Connection, closed: CallException) -> None:
         connection.execute(query("touch_calls"), {"call_ids": [closed.call_id]})
 
 
-def _receipt_row(receipt: Receipt) -> dict[str, Any]:
-    return {
-        **asdict(receipt),
-        "provenance": str(receipt.provenance),
-        "spend_source": None if receipt.spend_source is None else str(receipt.spend_source),
-        "record_ids": list(receipt.record_ids),
-    }
+def _json(rows: Sequence[Receipt] | Sequence[ChargeDetails]) -> str:
+    """An array of objects. Decimals are strings: a number of JSON might be read as a float on its way."""
+
+    def text(value: object) -> str:
+        if isinstance(value, Decimal):
+            return str(value)
+        raise TypeError(f"a receipt has no values of {type(value)}")
+
+    return orjson.dumps(rows, default=text).decode()
 
 
 def _exception_row(one: CallException) -> dict[str, Any]:

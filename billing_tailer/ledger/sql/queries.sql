@@ -357,21 +357,30 @@ select call_id as key, * from call_exceptions where call_id = any(%(call_ids)s) 
 select call_id as key, billing_account_id from call_conflicts
 where call_id = any(%(call_ids)s) order by call_id, file_id, start_offset
 
--- name: insert_receipt
+-- name: insert_receipts
+-- All of a batch as one JSON array: a statement of its own for each would cost more than the rows.
 insert into charge_receipts (source_system, source_reference, billing_account_id, run_id, attempt, litellm_call_id,
                              charged_credits, provider_cost_usd, user_cost_usd, markup_factor, provenance, spend_source,
                              record_ids, charge_reason, receipt_kind, occurred_at)
-values (%(source_system)s, %(source_reference)s, %(billing_account_id)s, %(run_id)s, %(attempt)s, %(litellm_call_id)s,
-        %(charged_credits)s, %(provider_cost_usd)s, %(user_cost_usd)s, %(markup_factor)s, %(provenance)s,
-        %(spend_source)s, %(record_ids)s, %(charge_reason)s, %(receipt_kind)s, %(occurred_at)s)
+select source_system, source_reference, billing_account_id, run_id, attempt, litellm_call_id,
+       charged_credits, provider_cost_usd, user_cost_usd, markup_factor, provenance, spend_source,
+       record_ids, charge_reason, receipt_kind, occurred_at
+from json_to_recordset(%(rows)s::json) as r (
+    source_system text, source_reference text, billing_account_id text, run_id text, attempt integer,
+    litellm_call_id text, charged_credits bigint, provider_cost_usd numeric, user_cost_usd numeric,
+    markup_factor numeric, provenance text, spend_source text, record_ids text[], charge_reason text,
+    receipt_kind text, occurred_at timestamptz)
 
 -- name: insert_details
 insert into llm_charge_details (source_system, source_reference, provider_call_id, model, provider_model, provider,
                                 tokens_in, tokens_out, cached_tokens, reasoning_tokens, response_cost_usd, cache_hit,
                                 latency_ms, graph_id)
-values (%(source_system)s, %(source_reference)s, %(provider_call_id)s, %(model)s, %(provider_model)s, %(provider)s,
-        %(tokens_in)s, %(tokens_out)s, %(cached_tokens)s, %(reasoning_tokens)s, %(response_cost_usd)s, %(cache_hit)s,
-        %(latency_ms)s, %(graph_id)s)
+select source_system, source_reference, provider_call_id, model, provider_model, provider, tokens_in, tokens_out,
+       cached_tokens, reasoning_tokens, response_cost_usd, cache_hit, latency_ms, graph_id
+from json_to_recordset(%(rows)s::json) as r (
+    source_system text, source_reference text, provider_call_id text, model text, provider_model text, provider text,
+    tokens_in bigint, tokens_out bigint, cached_tokens bigint, reasoning_tokens bigint, response_cost_usd numeric,
+    cache_hit boolean, latency_ms bigint, graph_id text)
 
 -- name: insert_adjustment
 insert into charge_adjustments (source_reference, evidence_hash, delta_credits, delta_cost_usd, reason, evidence,
