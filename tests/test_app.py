@@ -333,14 +333,12 @@ def test_sigterm_with_a_client_that_never_ends_its_request(dsn: str, volume: Pat
 
 
 DYING_HTTP = """
-import time, uvicorn
+import asyncio, uvicorn
 from billing_tailer.cli import main
-serve = uvicorn.Server.main_loop
-async def die(self):
-    import asyncio
+async def die(self, counter):
     await asyncio.sleep(1)
     raise MemoryError("as if")
-uvicorn.Server.main_loop = die
+uvicorn.Server.on_tick = die
 main()
 """
 
