@@ -107,7 +107,7 @@ class Settler:
             self._unlisted_since = time.monotonic()
 
     def turn(self, *, busy: bool = False) -> bool:
-        """What time brings: polls, lists and sweeps. busy: there is more to read, and what can wait waits. True if
+        """What time brings: polls, lists and sweeps. busy: there is something to read, and what can wait waits. True if
         there may be more to do at once."""
         more = self._list(busy=busy)
         if self._poller is not None:

@@ -173,7 +173,7 @@ class Tailer:
         if batch.works:
             self._commit(batch)
         archiving = self._follower.read_archives()
-        settling = self._settler.turn(busy=batch.full)
+        settling = self._settler.turn(busy=bool(batch.works))
         if time.monotonic() >= self._next_tidy:
             self._next_tidy = time.monotonic() + TIDY_SECONDS
             self._tidy()
