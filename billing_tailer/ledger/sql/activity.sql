@@ -25,7 +25,11 @@ with bounds as materialized (
         on d.source_system = 'litellm' and d.source_reference = r.source_reference
            and d.created_at between (select first from bounds) and (select last from bounds)
     left join (select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
-               from charge_adjustments group by source_reference) a on a.source_reference = r.source_reference
+               from charge_adjustments
+               where source_reference in (select source_reference from charge_receipts
+                                          where source_system = 'litellm'
+                                            and occurred_at >= %(start)s and occurred_at < %(end)s)
+               group by source_reference) a on a.source_reference = r.source_reference
     cross join (values (false), (true)) as twice (by_account)
     where r.source_system = 'litellm' and r.occurred_at >= %(start)s and r.occurred_at < %(end)s {conditions}
     group by 1, 2, 3

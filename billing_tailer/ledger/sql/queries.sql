@@ -725,14 +725,19 @@ order by n.opened_at desc, n.call_id, n.kind, n.seq
 
 -- name: reconcile_calls
 -- Where each call of a window stands. A person who closes the last exception of a call without a receipt has decided
--- that it is not charged: `closed`.
+-- that it is not charged: `closed`. Exceptions and adjustments of all other calls, however many, are left alone.
 with kinds as (
     select call_id, array_agg(kind) filter (where closed_at is null) as open,
            bool_or(kind = 'not_charged' and (closed_by is null or closed_by <> 'settler')) as not_charged
-    from call_exceptions group by call_id
+    from call_exceptions
+    where call_id in (select call_id from usage_facts where occurred_at >= %(start)s and occurred_at < %(end)s)
+    group by call_id
 ), adjusted as (
     select source_reference, sum(delta_credits) as credits, sum(delta_cost_usd) as cost
-    from charge_adjustments group by source_reference
+    from charge_adjustments
+    where source_reference in (select call_id from usage_facts
+                               where occurred_at >= %(start)s and occurred_at < %(end)s)
+    group by source_reference
 )
 select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8) as started_at,
        case when r.source_reference is not null
@@ -839,13 +844,14 @@ select start_offset, end_offset from call_conflicts
 where file_id = %(file_id)s and start_offset >= %(start)s and start_offset < %(end)s order by start_offset
 
 -- name: proof_receipts
+-- What stands beside each receipt is looked up by its key: of an EXISTS the planner may read the whole table, each time.
 select r.source_system, r.source_reference, r.source_reference as call_id,
-       exists (select from usage_facts f where f.call_id = r.source_reference) as has_fact,
-       exists (select from llm_charge_details d
-               where d.source_system = r.source_system and d.source_reference = r.source_reference) as has_details,
-       exists (select from touched_calls t where t.call_id = r.source_reference) as is_touched,
-       exists (select from charge_receipts o where o.source_system = 'litellm' and r.source_system <> 'litellm'
-               and o.source_reference = r.source_reference) as is_second
+       (select true from usage_facts f where f.call_id = r.source_reference) is true as has_fact,
+       (select true from llm_charge_details d
+        where d.source_system = r.source_system and d.source_reference = r.source_reference) is true as has_details,
+       (select true from touched_calls t where t.call_id = r.source_reference) is true as is_touched,
+       (select true from charge_receipts o where o.source_system = 'litellm' and r.source_system <> 'litellm'
+        and o.source_reference = r.source_reference) is true as is_second
 from charge_receipts r where (r.source_system, r.source_reference) > (%(system)s, %(after)s)
 order by r.source_system, r.source_reference limit %(limit)s
 
