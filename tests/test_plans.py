@@ -308,8 +308,9 @@ NOT_HOT: Mapping[str, str] = {
         call_standings reconcile_calls old_unaudited activity_of_account activity_of_model activity_of_run
         activity_calls_of_account activity_with_details""",
     "no table but the catalog's": """
-        may_not_use_schema probe_server excess_grants may_change_money missing_grants may_prune proof_keys owner
-        end_frozen_owner server_time closed_window read_only_session activity_memory go_by_keys hold_facts deciding""",
+        may_not_use_schema probe_server probe_collation excess_grants may_change_money missing_grants may_prune
+        proof_keys owner end_frozen_owner server_time closed_window read_only_session activity_memory go_by_keys
+        hold_facts deciding""",
     "files only: few rows": """
         positions update_file rule_on_file end_empty_files other_holder rewind_position files_elsewhere call_files
         activity_files""",
@@ -421,3 +422,23 @@ def test_every_index_is_for_a_hot_statement(full: str) -> None:
         "where c.relnamespace = 'billing'::regnamespace and not i.indisunique",
     )
     assert {row["name"] for row in indexes} - set(" ".join(hot.by for hot in HOT.values()).split()) == set()
+
+
+def test_a_position_stays_on_its_page(dsn: str) -> None:
+    """It is rewritten with every commit: each time in place, which makes neither pages nor index entries. Whether it
+    would without room left for it, depends on the length of its path."""
+    file = {"source_id": "default", "device": 1, "inode": 1, "generation": 1, "previous_file_id": None, "state": "live"}
+    place = {"head": bytes(1024), "frontier_sha256": bytes(32), "frontier_bytes": 4096, "size_seen": 0}
+    pages = {}
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("set search_path to billing")
+        for length in range(20, 500, 60):
+            connection.execute("truncate tail_files cascade")
+            words = {**file, **place, "path": "/" * length, "committed_offset": 5000}
+            file_id, _ = connection.execute(QUERIES["insert_file"], words).fetchone() or (0, None)
+            for offset in range(5000, 5050):
+                words = {**place, "file_id": file_id, "old_offset": offset, "end_offset": offset + 1}
+                assert connection.execute(QUERIES["move_position"], {**words, "dead_letter_bytes": 0}).rowcount == 1
+            found = connection.execute("select pg_relation_size('tail_files') / current_setting('block_size')::int")
+            pages[length] = (found.fetchone() or (0,))[0]
+    assert set(pages.values()) == {1}, pages

@@ -56,6 +56,7 @@ def check_database(settings: Settings) -> Iterator[Finding]:
             ("receipts", _check_money(settings, probe, server.role)),
             ("pooling", _check_pooling(probe)),
             ("clock", _check_clock(probe)),
+            ("collation", _check_collation(probe)),
         ):
             yield from collected(topic, findings)
         if _has_tables(probe):
@@ -144,6 +145,16 @@ def _check_clock(probe: Probe) -> Iterator[Finding]:
         yield failed("clock", what, "synchronise the clocks (NTP) of this machine and of Postgres")
     else:
         yield fine("clock", what)
+
+
+def _check_collation(probe: Probe) -> Iterator[Finding]:
+    if not probe.compares_bytes():
+        what = (
+            "texts are compared by a language's rules: each line costs a third more, and the unique keys hold only as "
+            "long as the system's libraries keep these rules"
+        )
+        hint = "make the next database with LC_COLLATE 'C' (docs/operating.md); REINDEX this one after a system upgrade"
+        yield warned("collation", what, hint)
 
 
 # --- what the tables say

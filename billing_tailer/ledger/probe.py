@@ -45,6 +45,11 @@ class Probe:
         """Version, role and database."""
         return Server(**self._one("probe_server"))
 
+    def compares_bytes(self) -> bool:
+        """Whether the database compares texts by their bytes, as the collation "C" does, and not as a language does."""
+        by_bytes: bool = self._one("probe_collation")["by_bytes"]
+        return by_bytes
+
     def clock_skew_seconds(self) -> float:
         """How far Postgres' clock is ahead of ours, to half of the time that the question took."""
         before = time.time()

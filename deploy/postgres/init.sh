@@ -30,11 +30,11 @@ alter role :"role" with login password :'password';
 SQL
 }
 
-own_database() { # NAME OWNER
+own_database() { # NAME OWNER; texts are compared by bytes: docs/operating.md says why
     NAME=$1 OWNER=$2 as_superuser postgres <<'SQL'
 \getenv name NAME
 \getenv owner OWNER
-select format('create database %I template template0 encoding ''UTF8''', :'name')
+select format('create database %I template template0 encoding ''UTF8'' lc_collate ''C''', :'name')
     where not exists (select from pg_database where datname = :'name') \gexec
 alter database :"name" owner to :"owner";
 revoke all on database :"name" from public;

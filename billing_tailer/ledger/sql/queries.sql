@@ -243,6 +243,10 @@ select to_regnamespace(%(schema)s) is not null and not has_schema_privilege(to_r
 select current_setting('server_version') as server_version, current_user::text as role,
        session_user::text as login, current_database()::text as database
 
+-- name: probe_collation
+-- By the rules of a language the small letter comes first.
+select 'B'::text < 'a'::text as by_bytes
+
 -- name: excess_grants
 -- What the daemon's role is better off without: facts and records are kept, as what receipts follow from.
 select coalesce(array_agg(format('%%s on %%s', privilege, t.relname) order by t.relname, privilege), '{}') as excess

@@ -1,0 +1,50 @@
+"""How the database compares texts: by bytes, or by a language's rules, which `check` warns of."""
+
+from collections.abc import Iterator
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from billing_tailer import ledger
+from tests.support import database
+from tests.support.proof import rows
+from tests.support.verbs import Verb
+
+TOPIC = "collation"
+
+
+@pytest.fixture
+def english(admin_dsn: str) -> Iterator[str]:
+    """The DSN of an empty database that compares as in English."""
+    if not rows(admin_dsn, "select from pg_collation where collname = 'en-US-x-icu'"):
+        pytest.skip("this Postgres knows no language")
+    name = "billing_tailer_english"
+    statement = sql.SQL("create database {} template template0 encoding 'UTF8' locale 'C' locale_provider icu {}")
+    with psycopg.connect(admin_dsn, autocommit=True) as connection:
+        connection.execute(statement.format(sql.Identifier(name), sql.SQL("icu_locale 'en-US'")))
+    yield database.dsn_of(admin_dsn, name)
+    database.drop(admin_dsn, name)
+
+
+def found(verb: Verb) -> list[dict[str, object]]:
+    return [one for one in verb.json("check", code=1) if one["topic"] == TOPIC]
+
+
+def test_bytes_are_as_it_should_be(verb: Verb, admin_dsn: str) -> None:
+    name = "billing_tailer_bytes"  # as docs/operating.md makes it, whatever the server was set up with
+    with psycopg.connect(admin_dsn, autocommit=True) as connection:
+        connection.execute(f"create database {name} template template0 encoding 'UTF8' lc_collate 'C'".encode())
+    try:
+        verb.environment(DATABASE_URL=database.dsn_of(admin_dsn, name))
+        assert found(verb) == []
+    finally:
+        database.drop(admin_dsn, name)
+
+
+def test_a_language_is_warned_of(verb: Verb, english: str) -> None:
+    ledger.migrate(english)
+    verb.environment(DATABASE_URL=english)
+    (one,) = found(verb)
+    assert (one["ok"], one["warning"]) == (True, True)
+    assert "LC_COLLATE 'C'" in str(one["hint"])
