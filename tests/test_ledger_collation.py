@@ -1,5 +1,7 @@
 """How the database compares texts: by bytes, or by a language's rules, which `check` warns of."""
 
+import re
+import secrets
 from collections.abc import Iterator
 
 import psycopg
@@ -8,10 +10,9 @@ from psycopg import sql
 
 from billing_tailer import ledger
 from tests.support import database
+from tests.support.daemon import ROOT
 from tests.support.proof import rows
 from tests.support.verbs import Verb
-
-TOPIC = "collation"
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def english(admin_dsn: str) -> Iterator[str]:
     """The DSN of an empty database that compares as in English."""
     if not rows(admin_dsn, "select from pg_collation where collname = 'en-US-x-icu'"):
         pytest.skip("this Postgres knows no language")
-    name = "billing_tailer_english"
+    name = f"billing_tailer_english_{secrets.token_hex(4)}"
     statement = sql.SQL("create database {} template template0 encoding 'UTF8' locale 'C' locale_provider icu {}")
     with psycopg.connect(admin_dsn, autocommit=True) as connection:
         connection.execute(statement.format(sql.Identifier(name), sql.SQL("icu_locale 'en-US'")))
@@ -28,13 +29,24 @@ def english(admin_dsn: str) -> Iterator[str]:
 
 
 def found(verb: Verb) -> list[dict[str, object]]:
-    return [one for one in verb.json("check", code=1) if one["topic"] == TOPIC]
+    return [one for one in verb.json("check", code=1) if one["topic"] == "collation"]
 
 
-def test_bytes_are_as_it_should_be(verb: Verb, admin_dsn: str) -> None:
-    name = "billing_tailer_bytes"  # as docs/operating.md makes it, whatever the server was set up with
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("docs/operating.md", r"create database billing owner billing_owner (.+);"),
+        ("deploy/postgres/init.sh", r"create database %I (.+)', :'name'"),
+    ],
+)
+def test_ours_compare_bytes(verb: Verb, admin_dsn: str, file: str, pattern: str) -> None:
+    """Whatever the server was set up with."""
+    (options,) = re.findall(pattern, (ROOT / file).read_text())
+    options = options.replace("''", "'")
+    assert "lc_collate 'C'" in options
+    name = f"billing_tailer_bytes_{secrets.token_hex(4)}"
     with psycopg.connect(admin_dsn, autocommit=True) as connection:
-        connection.execute(f"create database {name} template template0 encoding 'UTF8' lc_collate 'C'".encode())
+        connection.execute(f"create database {name} {options}".encode())
     try:
         verb.environment(DATABASE_URL=database.dsn_of(admin_dsn, name))
         assert found(verb) == []
