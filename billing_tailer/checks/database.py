@@ -150,8 +150,8 @@ def _check_clock(probe: Probe) -> Iterator[Finding]:
 def _check_collation(probe: Probe) -> Iterator[Finding]:
     if not probe.compares_bytes():
         what = (
-            "texts are compared by a language's rules: each line costs a third more, and the unique keys hold only as "
-            "long as the system's libraries keep these rules"
+            "texts are compared by a language's rules: each line costs Postgres a third more, and the unique keys hold "
+            "only as long as the system's libraries keep these rules"
         )
         hint = "make the next database with LC_COLLATE 'C' (docs/operating.md); REINDEX this one after a system upgrade"
         yield warned("collation", what, hint)
