@@ -69,6 +69,8 @@ insert into call_exceptions (call_id, kind, seq, detail, opened_at, closed_at, c
 select call_id, case start_offset / 600 % 3 when 0 then 'overdue' else 'held_zero_cost' end, 1, '{{}}', occurred_at,
        case when start_offset / 600 % 100 > 1 then now() end, case when start_offset / 600 % 100 > 1 then 'settler' end
 from usage_facts where start_offset / 600 % 10 between 1 and 6;
+insert into unlisted_facts (file_id, start_offset, end_offset, facts, ended_from)
+select 1 + n % 40, n * 100, n * 100 + 100, 1, now() from generate_series(1, 400) n;
 insert into touched_calls select call_id from unsettled_facts limit 5000;
 
 insert into call_conflicts (call_id, file_id, start_offset, end_offset, status, occurred_at)
@@ -91,7 +93,7 @@ vacuum analyze;
 
 IDS = [f"{number:032x}" for number in range(10)]
 HOUR = timedelta(hours=1)
-BY_KEYS = {"poll_window", "late_calls", "stragglers"}
+BY_KEYS = {"poll_window", "late_calls", "stragglers", "list_facts"}
 """Asked in a transaction that begins with go_by_keys."""
 USUAL: Mapping[str, Any] = {
     "source_id": "default",
@@ -185,6 +187,11 @@ HOT: Mapping[str, Hot] = {
         {"kind": "overdue", "seq": 1, "closed_by": "settler", "reason": "", "detail": Jsonb({})},
     ),
     "forget_unsettled": Hot("unsettled_facts_pkey"),
+    "list_facts": Hot(
+        "usage_facts_range charge_receipts_pkey call_exceptions_pkey",
+        {"start_offset": 6000 * 600, "end_offset": 6500 * 600},
+    ),
+    "forget_unlisted": Hot("unlisted_facts_pkey", PLACE),
     "unsettle_calls": Hot("usage_facts_pkey"),
     "stop_calls": Hot("unsettled_facts_pkey call_exceptions_pkey call_exceptions_open"),
     "resume_calls": Hot("unsettled_facts_pkey call_exceptions_pkey call_exceptions_open"),
@@ -214,7 +221,7 @@ HOT: Mapping[str, Hot] = {
     "announce": Hot("usage_facts_pkey", {"channel": "x"}),
     "reconcile_window": Hot(
         "usage_facts_time charge_receipts_time charge_receipts_pkey charge_adjustments_pkey call_exceptions_pkey "
-        "unsettled_facts_pkey",
+        "unsettled_facts_pkey unlisted_facts unlisted_facts_pkey",
         MINUTES,
         WINDOW_COUNTS,
         "charge_adjustments call_exceptions unsettled_facts",
@@ -293,7 +300,10 @@ HOT: Mapping[str, Hot] = {
     "proof_page_unreceipted": Hot("usage_facts_pkey"),
     "proof_page_odd_details": Hot("llm_charge_details_pkey"),
     "proof_page_odd_adjustments": Hot("charge_adjustments_pkey"),
-    "proof_unreceipted": Hot("usage_facts_pkey charge_receipts_pkey unsettled_facts_pkey call_exceptions_pkey"),
+    "proof_unreceipted": Hot(
+        "usage_facts_pkey charge_receipts_pkey unsettled_facts_pkey call_exceptions_pkey unlisted_facts "
+        "unlisted_facts_pkey"
+    ),
     "proof_odd_details": Hot("llm_charge_details_pkey charge_receipts_pkey"),
     "proof_odd_adjustments": Hot("charge_adjustments_pkey charge_receipts_pkey"),
 }
@@ -301,7 +311,7 @@ HOT: Mapping[str, Hot] = {
 NOT_HOT: Mapping[str, str] = {
     "rows are put in, nothing is looked for but their key": """
         insert_file insert_gap insert_hole insert_batch insert_skipped insert_dead_letter insert_fact copy_facts
-        copy_staged insert_unsettled copy_unsettled insert_records touch_calls insert_reset insert_receipt
+        copy_staged insert_unsettled insert_unlisted insert_records touch_calls insert_reset insert_receipts
         insert_details insert_adjustment open_exception begin_prune insert_backfill""",
     "a staging table of one batch": "create_staging unsettle_staged insert_staged insert_conflicts",
     "a part of others, which are here": """
@@ -316,6 +326,7 @@ NOT_HOT: Mapping[str, str] = {
         activity_files""",
     "offset resets and prunes: as many as an operator ordered": "newest_reset reset_by_id count_prune end_prune",
     "one row": "unaudited_span claim_unaudited",
+    "byte ranges: a row for a batch that waits to be listed": "oldest_unlisted",
     "an operator's reset of a file": """
         delete_batches_from delete_gaps_from recount_letter_bytes delete_open_dead_letters_from""",
     "counts all, for `status`": "totals settlement_totals settlement_exceptions",
