@@ -1,7 +1,7 @@
 # make run    sets everything up and runs the daemon on an embedded Postgres, following a live demonstration feed
 # make test   sets everything up and runs every check and every test
 # make check  format, lint, types, import contracts, docs tests
-# make e2e    only the end-to-end tests          make bench  speed, latency and memory, as ratios
+# make e2e    only the end-to-end tests          make bench  speed, latency, memory and growth, as ratios (docs/performance.md)
 # make torture  kills, cuts and file accidents at length: TORTURE_RUNS=10000 (deaths), TORTURE_SEED=n to see one again
 # make fuzz   ten minutes each for lines and callbacks: FUZZ_SECONDS=3600 for longer
 # make secrets  makes the passwords and tokens that compose.yml reads

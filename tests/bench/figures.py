@@ -1,0 +1,34 @@
+"""What is measured, by name."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tests.bench import backlog, growth, latency, peers, resources, serving
+from tests.bench.readings import Reading
+from tests.bench.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """title: as the table has it."""
+
+    title: str
+    measure: Callable[[World], Sequence[Reading]]
+
+
+FIGURES: Final[Mapping[str, Figure]] = {
+    "backlog": Figure("A backlog, to facts", backlog.facts),
+    "receipts": Figure("A backlog with its callbacks, to receipts", backlog.receipts),
+    "peers": Figure("The same log with other programs", peers.throughput),
+    "latency": Figure("Single lines", latency.lines),
+    "settling": Figure("Single calls", latency.settling),
+    "memory": Figure("Memory", resources.memory),
+    "idle": Figure("Nothing to do", resources.idle),
+    "growth-receipts": Figure("Receipts in the database", growth.receipts),
+    "growth-files": Figure("Files in the volume", growth.files),
+    "start": Figure("Start on a long log", growth.starts),
+    "callbacks": Figure("Callbacks accepted", serving.callbacks),
+    "waiters": Figure("Clients that wait for runs", serving.waiters),
+    "page": Figure("The activity page", serving.page),
+}

@@ -1,0 +1,133 @@
+"""What becomes slower as things grow: receipts in the database, files in the volume, bytes in the log."""
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from tests.bench import logs
+from tests.bench.following import follow
+from tests.bench.readings import Goal, Reading, median, ratios
+from tests.bench.world import FACTS, World, daemon, last_commit, value, wait_for_count
+from tests.support.daemon import Daemon
+
+RECEIPTS_GOAL: Final = Goal(at_least=0.7)
+START_GOAL: Final = Goal(at_most=0.5)
+SEED: Final = 100
+"""Calls that grow a filled database must be new ones."""
+BLOCK_BYTES: Final = 64 << 20
+
+
+def receipts(world: World) -> list[Reading]:
+    """Calls to receipts beside none and beside millions of receipts, in turn."""
+    amounts = world.amounts
+    count = amounts.settled_calls
+    rates: dict[int, list[float]] = {there: [] for there in amounts.receipts}
+    for round_ in range(amounts.rounds):
+        for there in amounts.receipts:
+            log, spool = world.log(count, SEED + round_), world.spool(count, SEED + round_)
+            with world.database() if there == 0 else nullcontext(world.filled(there)) as dsn:
+                found = follow(world, dsn, {"audit.jsonl": log}, count, spool=spool)
+            rates[there].append(count / found.seconds)
+        world.forget(count, SEED + round_)
+    readings = []
+    for there, found_rates in rates.items():
+        what = f"calls to receipts beside {there:,} receipts"
+        readings.append(median(f"calls_per_s_{there}", what, "1/s", found_rates, note=f"{count:,} calls"))
+        if there:
+            goal = RECEIPTS_GOAL if there == max(rates) else None
+            share = ratios(found_rates, rates[0])
+            readings.append(median(f"ratio_{there}", f"{what}, of the rate beside none", "", share, goal=goal))
+    return readings
+
+
+def files(world: World) -> list[Reading]:
+    """The same lines in one file and in many, in turn."""
+    amounts = world.amounts
+    count = amounts.lines
+    rates: dict[int, list[float]] = {1: [], amounts.files: []}
+    with world.volume() as parts:
+        many = _split(world.log(count), parts, count, amounts.files)
+        for _ in range(amounts.rounds):
+            for number, links in ((1, {"audit.jsonl": world.log(count)}), (amounts.files, many)):
+                with world.database() as dsn:
+                    rates[number].append(count / follow(world, dsn, links, count).seconds)
+    return [
+        median("lines_per_s_1", "lines to facts, 1 file", "1/s", rates[1], note=f"{count:,} lines"),
+        median(f"lines_per_s_{amounts.files}", f"lines to facts, {amounts.files} files", "1/s", rates[amounts.files]),
+        median("ratio", f"{amounts.files} files, of the rate of one", "", ratios(rates[amounts.files], rates[1])),
+    ]
+
+
+def _split(log: Path, directory: Path, count: int, number: int) -> dict[str, Path]:
+    """Name -> part, in the order of the lines."""
+    found: dict[str, Path] = {}
+    with log.open("rb") as lines:
+        for part in range(number):
+            name = f"audit-{part:04d}.jsonl"
+            found[name] = directory / name
+            size = count * (part + 1) // number - count * part // number
+            found[name].write_bytes(b"".join(islice(lines, size)))
+    return found
+
+
+def starts(world: World) -> list[Reading]:
+    """From the start of the process to the commit of a line that was written while it was away: on a long log whose
+    position is near the end, and on an empty one, in turn."""
+    size = world.amounts.start_log_bytes
+    seconds: dict[str, list[float]] = {"long": [], "empty": []}
+    with _site(world, size) as long, _site(world, 0) as empty:
+        for _ in range(world.amounts.starts):
+            seconds["long"].append(_start(*long))
+            seconds["empty"].append(_start(*empty))
+    more = [a - b for a, b in zip(seconds["long"], seconds["empty"], strict=True)]
+    gigabytes = f"{size / 1e9:.3g} GB"
+    return [
+        median("empty_s", "start to first commit, empty log", "s", seconds["empty"]),
+        median("long_s", f"start to first commit, log of {gigabytes}", "s", seconds["long"]),
+        median("more_s", f"what {gigabytes} add to it", "s", more, goal=START_GOAL),
+    ]
+
+
+@contextmanager
+def _site(world: World, size: int) -> Iterator[tuple[str, Path]]:
+    """A database and a volume whose log has so many bytes, all of which a daemon has passed over (START_AT=end)."""
+    with world.database() as dsn, world.volume() as volume:
+        _write_repeated(world.log(world.amounts.lines), volume / "audit.jsonl", size)
+        with daemon(dsn, volume, {"BILLING_TAILER_START_AT": "end"}) as running:
+            running.wait_until(lambda: value(dsn, "select count(*) from billing.log_gaps") == int(size > 0))
+            running.wait_until(lambda: running.get("/readyz").status_code == 200)
+            _append_call(volume / "audit.jsonl")
+            wait_for_count(running, dsn, FACTS, 1)
+            running.terminate()
+        yield dsn, volume
+
+
+def _write_repeated(source: Path, target: Path, size: int) -> None:
+    """The same lines again and again until the file has at least so many bytes: they will not be read."""
+    with target.open("wb") as out:
+        while out.tell() < size:
+            with source.open("rb") as lines:
+                shutil.copyfileobj(lines, out, BLOCK_BYTES)
+
+
+def _append_call(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.write(descriptor, logs.line(uuid.uuid4().hex.encode()))
+    os.close(descriptor)
+
+
+def _start(dsn: str, volume: Path) -> float:
+    before = int(value(dsn, FACTS))
+    _append_call(volume / "audit.jsonl")
+    running: Daemon = daemon(dsn, volume)
+    started = time.time()
+    with running:
+        wait_for_count(running, dsn, FACTS, before + 1, poll_seconds=0.02)
+        running.terminate()
+    return last_commit(dsn, "billing.usage_facts") - started

@@ -1,0 +1,125 @@
+"""`make bench` in small: every figure is measured, or says why not, and every one has its place in the document."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.bench import docs
+from tests.bench.__main__ import main
+from tests.bench.figures import FIGURES
+from tests.bench.peers import PEERS
+from tests.bench.readings import Goal, Reading, median
+from tests.bench.table import cells, number
+
+GOALS = {
+    "backlog": {"ratio"},
+    "receipts": set(),
+    "peers": {"rsyslog_times", "fluent_bit_times"},
+    "latency": {"line_200_p50_ms", "line_200_p99_ms"},
+    "settling": {"settled_200_max_ms"},
+    "memory": {"backlog_peak_mb", "outage_peak_mb", "long_line_peak_mb"},
+    "idle": {"cpu_percent", "resident_mb"},
+    "growth-receipts": {"ratio_1000"},
+    "growth-files": set(),
+    "start": {"more_s"},
+    "callbacks": set(),
+    "waiters": set(),
+    "page": set(),
+}
+"""The readings that stand against a goal."""
+
+
+@pytest.mark.slow
+def test_everything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    assert main(["--quick", "--json", str(path)]) == 0, capsys.readouterr().out[-6000:]
+    found = json.loads(path.read_text("utf-8"))
+    assert found["machine"]["postgres_settings"]["fsync"] == "on"
+    assert found["machine"]["postgres_settings"]["track_commit_timestamp"] == "on"
+    assert list(found["figures"]) == list(FIGURES)
+    for name, figure in found["figures"].items():
+        assert figure["error"] is None
+        assert {reading["key"] for reading in figure["readings"] if reading["goal"]} == GOALS[name]
+        keys = [reading["key"] for reading in figure["readings"]]
+        assert len(set(keys)) == len(keys)
+        for reading in figure["readings"]:
+            assert (reading["value"] is None) == reading["note"].startswith("SKIPPED"), reading
+    peers = {reading["key"]: reading for reading in found["figures"]["peers"]["readings"]}
+    assert (peers["fluent_bit_lines_per_s"]["value"] is None) == (shutil.which("fluent-bit") is None)
+    assert peers["script_lines_per_s"]["value"] > 0
+    assert {f"{peer.key}_times" for peer in PEERS} < peers.keys()
+
+
+def test_every_figure_has_its_place_in_the_document() -> None:
+    text = docs.DOCUMENT.read_text("utf-8")
+    assert sorted(docs.MARKER.findall(text)) == sorted(2 * docs.names())
+
+
+def test_the_document_has_the_numbers_of_the_run() -> None:
+    figure: dict[str, Any] = {
+        "title": "x",
+        "measured_at": "2026-11-22T12:00:00+00:00",
+        "revision": "abc1234",
+        "beside": {"load": [0.5, 0.1, 0.1], "busy": {"python": 0.5}},
+        "error": None,
+        "readings": [
+            median("ratio", "of raw COPY", "", [0.5, 0.9, 0.7], goal=Goal(at_least=0.8)).as_json(),
+            Reading("peer", "a | b", None, "1/s", note="SKIPPED: not here").as_json(),
+        ],
+    }
+    text = "a\n<!-- bench-backlog -->\nold\n<!-- /bench-backlog -->\n<!-- bench-idle -->\nkept\n<!-- /bench-idle -->\n"
+    written = docs.rendered(text, {"machine": {}, "figures": {"backlog": figure}})
+    assert "| of raw COPY | 0.700 | 0.500 to 0.900 | ≥ 0.8: NOT met |  |" in written
+    assert "| a \\| b | - |  |  | SKIPPED: not here |" in written
+    assert "Measured 2026-11-22 12:00 UTC at abc1234, load before 0.5, beside python 50% of a core." in written
+    assert "old" not in written
+    assert "<!-- bench-idle -->\nkept\n<!-- /bench-idle -->" in written
+
+
+def test_a_figure_that_breaks_off_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "bench.json"
+
+    def broken(_: object) -> list[Reading]:
+        raise ValueError("no such thing")
+
+    def fine(_: object) -> list[Reading]:
+        return [Reading("one", "one", 1.0, "s", goal=Goal(at_most=2))]
+
+    monkeypatch.setitem(FIGURES, "backlog", FIGURES["backlog"].__class__("Broken", broken))
+    monkeypatch.setitem(FIGURES, "idle", FIGURES["idle"].__class__("Fine", fine))
+    assert main(["--quick", "--only", "idle,backlog", "--json", str(path)]) == 1
+    figures = json.loads(path.read_text("utf-8"))["figures"]
+    assert "no such thing" in figures["backlog"]["error"]
+    assert figures["idle"]["readings"][0]["met"] is True
+    # a later run of one figure keeps the other where it is told to
+    assert main(["--quick", "--only", "idle", "--keep", "--json", str(path)]) == 0
+    assert list(json.loads(path.read_text("utf-8"))["figures"]) == ["backlog", "idle"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (0.03684, "0.0368"),
+        (0.7, "0.700"),
+        (4.476, "4.48"),
+        (42.04, "42.0"),
+        (117_312.0, "117,000"),
+        (96.0, "96.0"),
+    ],
+)
+def test_numbers(value: float, shown: str) -> None:
+    assert number(value) == shown
+
+
+def test_a_goal_at_its_edge() -> None:
+    assert Goal(at_least=0.8).met(0.8)
+    assert not Goal(at_least=0.8).met(0.79)
+    assert Goal(at_most=96).met(96)
+    assert not Goal(at_most=96).met(96.1)
+    assert cells(Reading("k", "w", None, "MB", note="SKIPPED: x", goal=Goal(at_most=96)).as_json())[3].endswith(
+        "not measured"
+    )
