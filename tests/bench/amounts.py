@@ -28,6 +28,7 @@ class Amounts:
     posting_seconds: float
     waiters: int
     page_loads: int
+    quick: bool = False
 
 
 FULL: Final = Amounts(
@@ -63,5 +64,6 @@ QUICK: Final = Amounts(
     posting_seconds=0.2,
     waiters=50,
     page_loads=1,
+    quick=True,
 )
 """Shows that everything can be measured, and measures nothing."""

@@ -26,7 +26,12 @@ def write(path: Path, console: Console) -> int:
     if not path.exists():
         console.print(f"there is no {path}: run python -m tests.bench first", style="red")
         return 1
-    DOCUMENT.write_text(rendered(DOCUMENT.read_text("utf-8"), json.loads(path.read_text("utf-8"))), "utf-8")
+    results = json.loads(path.read_text("utf-8"))
+    quick = [name for name, found in results["figures"].items() if found["amounts"]["quick"]]
+    if quick:
+        console.print(f"{', '.join(quick)}: of a --quick run, which measures nothing; not written", style="red")
+        return 1
+    DOCUMENT.write_text(rendered(DOCUMENT.read_text("utf-8"), results), "utf-8")
     console.print(f"written: docs/{DOCUMENT.name}")
     return 0
 

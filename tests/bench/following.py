@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import httpx
 import psycopg
@@ -14,7 +15,6 @@ from tests.bench.processes import cpu_seconds, memory_mb, tree_cpu_seconds
 from tests.bench.world import (
     FACTS,
     PATIENCE_SECONDS,
-    POLL_SECONDS,
     World,
     daemon,
     last_commit,
@@ -23,6 +23,9 @@ from tests.bench.world import (
     wait_until_ready,
 )
 from tests.support.daemon import Daemon
+
+METRICS_SECONDS: Final = 0.4
+"""How often the daemon is asked, which costs it milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ def _wait_for_receipts(running: Daemon, count: int) -> None:
     with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
 
         def all_there() -> bool:
-            time.sleep(POLL_SECONDS)
+            time.sleep(METRICS_SECONDS)
             for entry in client.get("/metrics").text.splitlines():
                 if entry.startswith("billing_tailer_receipts_total "):
                     return float(entry.partition(" ")[2]) >= count

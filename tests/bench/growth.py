@@ -13,7 +13,7 @@ from typing import Final
 from tests.bench import logs
 from tests.bench.following import follow
 from tests.bench.readings import Goal, Reading, median, ratios
-from tests.bench.world import FACTS, World, daemon, last_commit, value, wait_for_count
+from tests.bench.world import FACTS, World, daemon, last_commit, value, wait_for_count, wait_until_ready
 from tests.support.daemon import Daemon
 
 RECEIPTS_GOAL: Final = Goal(at_least=0.7)
@@ -99,9 +99,10 @@ def _site(world: World, size: int) -> Iterator[tuple[str, Path]]:
     """A database and a volume whose log has so many bytes, all of which a daemon has passed over (START_AT=end)."""
     with world.database() as dsn, world.volume() as volume:
         _write_repeated(world.log(world.amounts.lines), volume / "audit.jsonl", size)
-        with daemon(dsn, volume, {"BILLING_TAILER_START_AT": "end"}) as running:
+        # an empty file is known from its first line on, which must not be passed over
+        with daemon(dsn, volume, {"BILLING_TAILER_START_AT": "end" if size else "beginning"}) as running:
+            wait_until_ready(running)
             running.wait_until(lambda: value(dsn, "select count(*) from billing.log_gaps") == int(size > 0))
-            running.wait_until(lambda: running.get("/readyz").status_code == 200)
             _append_call(volume / "audit.jsonl")
             wait_for_count(running, dsn, FACTS, 1)
             running.terminate()

@@ -49,7 +49,7 @@ def lines(world: World) -> list[Reading]:
                 written = _write(log, rate, seconds)
                 total += len(written)
                 wait_for_count(running_, dsn, FACTS, total)
-                what = f"a line to its COMMIT, {rate:,} lines/s"
+                what = f"a line to its COMMIT, {rate:,}/s"
                 goals = LINE_GOALS if rate == RATE_OF_GOALS else NO_GOALS
                 readings += _committed(running_, dsn, written).readings(f"line_{rate}", what, goals)
                 if rate == RATE_OF_GOALS:
@@ -108,7 +108,7 @@ def _stamped(dsn: str, statement: str, began: dict[str, float]) -> Delays:
 def _rsyslog(world: World) -> list[Reading]:
     """The same at 200 lines/s: one line at a time there, too."""
     rate, seconds = next(found for found in world.amounts.latency if found[0] == RATE_OF_GOALS)
-    what = f"a line to its COMMIT with rsyslog, {rate:,} lines/s, without its fsync"
+    what = f"a line to its COMMIT with rsyslog, {rate:,}/s, without its fsync"
     with world.database() as dsn, world.volume() as volume:
         log = volume / "audit.jsonl"
         log.touch()
@@ -151,7 +151,7 @@ def settling(world: World) -> list[Reading]:
     for rate, halves in began.items():
         delays = Delays([1000 * (settled[call_id] - moment) for call_id, moment in halves.items()])
         goals = SETTLED_GOALS if rate == RATE_OF_GOALS else NO_GOALS
-        readings += delays.readings(f"settled_{rate}", f"second half to receipt, {rate:,} calls/s", goals)
+        readings += delays.readings(f"settled_{rate}", f"second half to receipt, {rate:,}/s", goals)
     return readings
 
 

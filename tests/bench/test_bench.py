@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.bench import docs
+from billing_tailer import audit
+from billing_tailer.model import UsageFact
+from billing_tailer.settings import LLM_ROUTES
+from tests.bench import docs, logs
 from tests.bench.__main__ import main
 from tests.bench.figures import FIGURES
 from tests.bench.peers import PEERS
@@ -17,7 +20,7 @@ from tests.bench.table import cells, number
 GOALS = {
     "backlog": {"ratio"},
     "receipts": set(),
-    "peers": {"rsyslog_times", "fluent_bit_times"},
+    "peers": {"rsyslog_times", "rsyslog_batches_times", "fluent_bit_times"},
     "latency": {"line_200_p50_ms", "line_200_p99_ms"},
     "settling": {"settled_200_max_ms"},
     "memory": {"backlog_peak_mb", "outage_peak_mb", "long_line_peak_mb"},
@@ -33,6 +36,7 @@ GOALS = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_everything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bench.json"
     assert main(["--quick", "--json", str(path)]) == 0, capsys.readouterr().out[-6000:]
@@ -97,6 +101,31 @@ def test_a_figure_that_breaks_off_costs_no_other(tmp_path: Path, monkeypatch: py
     # a later run of one figure keeps the other where it is told to
     assert main(["--quick", "--only", "idle", "--keep", "--json", str(path)]) == 0
     assert list(json.loads(path.read_text("utf-8"))["figures"]) == ["backlog", "idle"]
+    # and none of this gets into the document
+    before = docs.DOCUMENT.read_bytes()
+    assert main(["--write-docs", "--json", str(path)]) == 1
+    assert docs.DOCUMENT.read_bytes() == before
+
+
+def test_the_log_has_every_kind_of_call(tmp_path: Path) -> None:
+    count = 2_000
+    logs.write_log(tmp_path / "log", count, seed=7)
+    lines = (tmp_path / "log").read_bytes().splitlines()
+    facts = [audit.parse(line, audit.routes(LLM_ROUTES)) for line in lines]
+    calls = [fact for fact in facts if isinstance(fact, UsageFact)]
+    assert len(calls) == count
+    assert [call.call_id for call in calls] == [call_id.decode() for call_id in logs.call_ids(count, seed=7)]
+    assert len({call.call_id for call in calls}) == count
+    assert len({call.run_id for call in calls}) == logs.RUNS
+    assert len({call.billing_account_id for call in calls}) == logs.ACCOUNTS
+    assert {call.requested_model for call in calls} == set(logs.MODELS)
+    assert sum(call.provenance == "stream" for call in calls) == count // 2
+    assert all((call.header_cost_usd is None) == (call.provenance == "stream") for call in calls)
+    logs.write_spool(tmp_path / "spool", count, seed=7)
+    events = [json.loads(line)["payload"] for line in (tmp_path / "spool").read_bytes().splitlines()]
+    assert [(event["litellm_call_id"], event["model_group"]) for event in events] == [
+        (call.call_id, call.requested_model) for call in calls
+    ]
 
 
 @pytest.mark.parametrize(

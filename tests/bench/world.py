@@ -22,7 +22,7 @@ from tests.support.daemon import Daemon
 TOKEN: Final = "callback-token-0123456789"
 POLL_SECONDS: Final = 0.1
 """How often Postgres is asked whether it has everything: it has other work to do."""
-PATIENCE_SECONDS: Final = 1800.0
+PATIENCE_SECONDS: Final = 600.0
 
 
 class World:
@@ -83,8 +83,10 @@ class World:
         """An empty directory."""
         path = self.directory / f"volume-{uuid.uuid4().hex}"
         path.mkdir(mode=0o755)
-        yield path
-        shutil.rmtree(path)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path)
 
     def log(self, count: int, seed: int = 0) -> Path:
         """A log of so many calls: written once, to be linked into volumes, never to be appended to."""
