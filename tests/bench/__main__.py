@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny numbers: shows that everything can be measured")
     parser.add_argument("--rounds", type=int, help="of everything that is compared in turn")
     parser.add_argument("--lines", type=int, help="of the backlog")
+    parser.add_argument("--settled-calls", type=int, help="of the backlog with callbacks")
     parser.add_argument("--backlog-gb", type=float, help="of the backlog whose memory is measured")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="default: build/bench.json")
     parser.add_argument("--keep", action="store_true", help="keep the figures of the file that are not measured now")
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     changes = {
         "rounds": given.rounds,
         "lines": given.lines,
+        "settled_calls": given.settled_calls,
         "backlog_bytes": None if given.backlog_gb is None else int(given.backlog_gb * GB),
     }
     amounts = replace(amounts, **{name: value for name, value in changes.items() if value is not None})
