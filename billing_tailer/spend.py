@@ -125,6 +125,8 @@ def _keep_code(value: object) -> str | None:
 
 def _keep_tokens(value: object) -> int | None:
     """A count; None where it is none."""
+    if type(value) is int:  # nearly always, and ten times as fast
+        return value if 0 <= value <= TOKENS_MAX else None
     if isinstance(value, bool | str):
         return None
     number = pricing.exact(value)
