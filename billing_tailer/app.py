@@ -6,6 +6,7 @@ However the loop hangs, the process ends within five seconds of SIGTERM, and nev
 """
 
 import ctypes
+import gc
 import os
 import queue
 import resource
@@ -61,6 +62,9 @@ SPOOL_RETENTION_SECONDS = 7 * 24 * 3600
 """So long a finished spool file stays after its last byte was written, unless room is needed, and at least until it is
 committed."""
 
+GARBAGE_OBJECTS = 20_000
+"""So many new objects are looked through for cycles at a time. Lines make thousands of them and no cycles: with
+Python's 700, and everything there is looked through now and then, that was a tenth of a backlog's time."""
 SWITCH_SECONDS = 0.0002
 """So long may one thread keep the others from running: while the next batch is parsed, the one that feeds COPY has
 little to do, and much to wait for. With Python's 5 ms a backlog took half as long again."""
@@ -156,6 +160,8 @@ def run(settings: Settings) -> int:
     configure_logging(settings.log_level, settings.log_format)
     _share_one_heap()
     sys.setswitchinterval(SWITCH_SECONDS)
+    gc.freeze()  # what was imported stays
+    gc.set_threshold(GARBAGE_OBJECTS)
     # log files that are held open and clients that wait share the limit, of which the soft part is often 1024
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard := resource.getrlimit(resource.RLIMIT_NOFILE)[1], hard))
     events, health = Events(), Health()

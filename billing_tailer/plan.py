@@ -113,9 +113,10 @@ def take_lines(
     cut = 0 if chunk.data.startswith(b"\0") else hole + 1 if hole >= 0 else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
-    lines = chunk.data[:cut].split(b"\n", lines_max)
-    rest = lines.pop()
-    taken = chunk.data[: cut - len(rest)] if rest else chunk.data[:cut]
+    taken = chunk.data[:cut]
+    lines = taken.split(b"\n", lines_max)
+    if rest := lines.pop():
+        taken = taken[: -len(rest)]
     counts: Counter[str] = Counter()
     facts: list[PlacedFact] = []
     letters: list[DeadLetter] = []
