@@ -304,8 +304,15 @@ class World:
                 continue
             if any(file["file_id"] in gaps or file["state"] in ("missing", "blocked") for file in mine):
                 continue
+            if self._stands(content, {int(file["inode"]) for file in mine if file["state"] != "final"}):
+                continue
             found.undeclared += content.seen - committed
             found.words.append(f"{content.seen - committed} bytes were seen and destroyed undeclared, of {mine}")
+
+    def _stands(self, content: Content, inodes: set[int]) -> bool:
+        """Whether a copy, which a generation goes on in, has all that was seen: half a line there is not destroyed."""
+        seen = content.data[: content.seen]
+        return any(node.content.inode in inodes and node.content.data.startswith(seen) for node in self.nodes.values())
 
     def _covered(self, content: Content, tiles: list[dict[str, Any]]) -> int:
         """How much of a content the first rows of a generation account for, also in a copy of it that goes on."""
