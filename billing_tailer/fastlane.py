@@ -25,6 +25,9 @@ SHAPE_BYTES_MAX = 1536
 character makes four times as large as its text."""
 FORMATS_MAX = 8
 """So many log formats are known at a time, each with its shapes."""
+NAMES_MAX = 128
+NAMES_CHARS_MAX = 4096
+"""No format has more: to make its expression takes milliseconds, and of a line of nothing but names it took seconds."""
 
 _ID = r"[0-9A-Za-z_.:-]{2,256}+"
 _COST = r"[0-9]{1,20}+(?:\.[0-9]{1,30}+)?(?:e-[0-9]{1,2})?"
@@ -116,7 +119,12 @@ def parser(llm_path: audit.Routes) -> Callable[[bytes], FactRow | Skip | Rejecte
             return outcome
         try:
             names = tuple(orjson.loads(line))
-            if _NEEDED.issubset(names) and all(map(_NAME.fullmatch, names)):
+            if (
+                len(names) <= NAMES_MAX
+                and sum(map(len, names)) <= NAMES_CHARS_MAX
+                and _NEEDED.issubset(names)
+                and all(map(_NAME.fullmatch, names))
+            ):
                 current = format_of(names)
                 current.learn(line.decode(), outcome)
         except ValueError:

@@ -29,7 +29,9 @@ PAUSE_FACTOR = 4
 COUNT_PAUSE_FACTOR = 20
 BATCH_CALLS_MAX = 1000
 LIST_SECONDS_MAX = 60.0
-"""So long may the calls of large batches wait for their entries in the work list, while there is more to read."""
+"""After so long the calls of large batches get their entries in the work list even while there is more to read."""
+LISTED_AT_A_TIME = 2
+"""So many batches then. One is committed meanwhile: the others become fewer."""
 POLL_SECONDS = 2.0
 """How long after one poll of the spend logs the next one begins, while calls wait."""
 ASKED_BY_NAME_MAX = 10
@@ -121,10 +123,10 @@ class Settler:
         return more
 
     def _list(self, *, busy: bool) -> bool:
-        """Put a range of facts on the work list; True if there may be more of them."""
+        """Put facts of large batches on the work list; True if there may be more of them."""
         if self._unlisted_since is None or (busy and time.monotonic() < self._unlisted_since + LIST_SECONDS_MAX):
             return False
-        if self._ledger.list_facts():
+        if all(self._ledger.list_facts() for _ in range(LISTED_AT_A_TIME)):
             return True
         self._unlisted_since = None
         return False

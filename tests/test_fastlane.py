@@ -237,3 +237,11 @@ def test_skips_and_rejections_pass_through() -> None:
     parser = Parser()
     assert isinstance(parser.parse(compact({**FIELDS, "method": "GET"})), Skip)
     assert isinstance(parser.parse(b"{"), Rejected)
+
+
+def test_a_line_of_nothing_but_names_is_no_format() -> None:
+    """An expression for each would take seconds, and stay in memory."""
+    parser = Parser()
+    for names, fast in (range(100), True), (range(40_000), False), (["x" * 5000], False):
+        parser.agrees(many := compact({**FIELDS, **{f"n{name}": "" for name in names}}))
+        assert parser.is_fast(many) == fast

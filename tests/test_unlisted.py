@@ -5,10 +5,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from billing_tailer import settler as settler_module
 from billing_tailer.ledger import Ledger, activity_reads
+from billing_tailer.ledger.connection import lock_key
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX
 from billing_tailer.settler import LIST_SECONDS_MAX, Settler
 from tests.support.follow import following
@@ -114,6 +116,36 @@ def test_they_wait_while_there_is_more_to_read_but_not_for_long(
         assert len(listed(dsn)) == 8 * MANY
     assert [number - seen[0] for number in seen] == [0, MANY, 2 * MANY, 3 * MANY]
     assert 0 < LIST_SECONDS_MAX <= 60
+
+
+def test_several_files_do_not_bring_them_faster_than_they_are_listed(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch leaves a range for each file: with one range a round, calls of a busy source would never be listed."""
+    for file in range(4):
+        (tmp_path / f"audit-{file}.jsonl").write_bytes(lines(10_000 * file, 1000))
+    seen: list[int] = []
+    commit = Ledger.commit
+
+    def note(self: Ledger, plan: Any) -> Any:
+        seen.append(count(dsn, "unlisted_facts"))
+        return commit(self, plan)
+
+    monkeypatch.setattr(Ledger, "commit", note)
+    monkeypatch.setattr(settler_module, "LIST_SECONDS_MAX", 0.0)
+    with following(dsn, tmp_path):
+        assert count(dsn, "unsettled_facts") == 4000
+    assert len(seen) > 4
+    assert max(seen) == 0, "left behind while there is more to read"
+
+
+def test_an_idle_daemon_waits_for_nobody(dsn: str, tmp_path: Path) -> None:
+    """Where nothing is to be listed, whoever decides elsewhere, and however long, does not keep it from reading."""
+    log(tmp_path, lines(0, 1))
+    with following(dsn, tmp_path) as rig, psycopg.connect(dsn) as other:
+        rig.ledger._session.execute("set lock_timeout = '500ms'")
+        other.execute("select pg_advisory_xact_lock(%s)", (lock_key("decide", "billing"),))
+        sweep(rig)
 
 
 def test_ranges_of_another_process_are_found(dsn: str, tmp_path: Path) -> None:

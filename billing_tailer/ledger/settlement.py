@@ -87,19 +87,21 @@ def touched(connection: Connection, limit: int) -> list[str]:
         return [row[0] for row in connection.execute(query("touched"), {"limit": limit}).fetchall()]
 
 
-def list_facts(connection: Connection) -> bool:
-    """Put what still waits of the oldest unlisted range on the list of unsettled facts; False where there is no such
-    range. Within `deciding`: nobody settles one of these calls meanwhile."""
+def any_unlisted(connection: Connection) -> bool:
+    """Whether there are facts that are not on the list of unsettled ones."""
+    with wrapped():
+        return connection.execute(query("any_unlisted")).fetchone() == (True,)
+
+
+def list_facts(connection: Connection) -> None:
+    """Put what still waits of the oldest unlisted batch on the list of unsettled facts. Within `deciding`: nobody
+    settles one of these calls meanwhile."""
     with wrapped(), connection.cursor(row_factory=dict_row) as cursor:
-        found = cursor.execute(query("oldest_unlisted")).fetchone()
-        if found is None:
-            return False
         # a crash takes back both or neither, and no bill depends on which
         cursor.execute("set local synchronous_commit = off")
         cursor.execute(query("go_by_keys"))
-        cursor.execute(query("list_facts"), found)
-        cursor.execute(query("forget_unlisted"), found)
-    return True
+        for found in cursor.execute(query("take_unlisted")).fetchall():
+            cursor.execute(query("list_facts"), found)
 
 
 def waiting(

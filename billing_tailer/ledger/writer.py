@@ -501,9 +501,12 @@ class Ledger:
         return settlement.touched(self._session, limit)
 
     def list_facts(self) -> bool:
-        """Put the calls of the oldest range that is not listed yet on the work list; False where there is none."""
+        """Put the calls of the oldest batch that is not listed yet on the work list; False where there is none."""
+        if not settlement.any_unlisted(self._session):  # an idle daemon waits for nobody's turn to decide
+            return False
         with self.deciding():
-            return settlement.list_facts(self._session)
+            settlement.list_facts(self._session)
+        return True
 
     def waiting_calls(
         self, after: tuple[datetime, str] | None, limit: int, deadline_seconds: int

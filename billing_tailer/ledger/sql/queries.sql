@@ -433,8 +433,13 @@ where u.call_id = any(%(call_ids)s) and u.ask_at is not null
                   where e.call_id = u.call_id and e.closed_at is null
                     and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed', 'overdue', 'conflict'))
 
--- name: oldest_unlisted
-select file_id, start_offset, end_offset from unlisted_facts order by committed_at, file_id, start_offset limit 1
+-- name: any_unlisted
+select exists (select from unlisted_facts)
+
+-- name: take_unlisted
+-- The ranges of the oldest batch: one of each file that it read.
+delete from unlisted_facts where committed_at = (select min(committed_at) from unlisted_facts)
+returning file_id, start_offset, end_offset
 
 -- name: list_facts
 -- Whatever of a range still waits: `proof_unreceipted` says what does not.
@@ -448,9 +453,6 @@ where f.file_id = %(file_id)s and f.start_offset >= %(start_offset)s and f.start
                        or e.closed_by <> 'settler' and e.kind in ('held_zero_cost', 'held_bad_cost', 'unattributed',
                                                                   'overdue', 'conflict', 'not_charged')))
 on conflict do nothing
-
--- name: forget_unlisted
-delete from unlisted_facts where file_id = %(file_id)s and start_offset = %(start_offset)s
 
 -- name: forget_unsettled
 delete from unsettled_facts where call_id = any(%(call_ids)s)
