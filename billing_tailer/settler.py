@@ -84,7 +84,7 @@ class Settler:
         self._next_poll = 0.0
         self._poll_from: datetime | None = None
         self._late_from: tuple[datetime, str] | None = None
-        self._polls: list[tuple[datetime, datetime, datetime]] = []
+        self._polls: list[tuple[datetime, tuple[datetime, datetime, datetime]]] = []
 
     def begin(self) -> None:
         """This process has become the owner: settings may be others than when exceptions were opened."""
@@ -185,12 +185,15 @@ class Settler:
         return len(changed)
 
     def _nobody_left_to_ask(self, waiting: Waiting) -> bool:
-        """Both sources had their chance: the spool is empty, and a poll that began after the commit has covered it."""
+        """Both sources had their chance: the spool is empty, and a poll that began after the commit has covered it, up
+        to its end: of calls that were not on the work list then, it did not know how long they took."""
         if self._spool_is_behind():
             return False
         return self._poller is None or any(
-            asked_at > waiting.committed_at and started_from <= waiting.started_at <= started_to
-            for asked_at, started_from, started_to in self._polls
+            asked_at > waiting.committed_at
+            and started_from <= waiting.started_at <= started_to
+            and (waiting.ended_at is None or waiting.ended_at <= ended_to)
+            for asked_at, (started_from, started_to, ended_to) in self._polls
         )
 
     def _poll(self, poller: Poller) -> bool:
@@ -221,10 +224,9 @@ class Settler:
         self._ledger.asked(poll.window, answered=poll.complete)
         if not poll.covered or poll.window.span is None:
             return
-        started_from, started_to, _ = poll.window.span
-        self._polls.append((poll.window.asked_at, started_from, started_to))
+        self._polls.append((poll.window.asked_at, poll.window.span))
         del self._polls[:-POLLS_REMEMBERED]
-        self._poll_from = started_to
+        _, self._poll_from, _ = poll.window.span
 
 
 def _next(began: float, *, at_once: bool, more: bool) -> float:

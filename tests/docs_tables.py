@@ -213,7 +213,7 @@ TABLES: Mapping[str, str] = {
     "call_conflicts": "further requests under a call id that is taken",
     "spend_records": "what LiteLLM says of each attempt of a call, by source: status, model, tokens, cost unrounded",
     "unsettled_facts": "work list: calls without a receipt that may still get one",
-    "unlisted_facts": "byte ranges of large batches whose calls are not on that list yet",
+    "unlisted_facts": "byte ranges of large batches whose calls are not in `unsettled_facts` yet",
     "touched_calls": "work list: calls about which a record has come that was not looked at yet",
     "skipped_calls": "calls whose lines were skipped as refused, the newest ones: to know them again in a spend record",
     "unaudited_progress": "how far it was looked for spend records without a line",

@@ -1,7 +1,10 @@
 """Facts of large batches come onto the work list later, and none is forgotten on the way, whatever happens."""
 
+import threading
 import time
 from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ from billing_tailer import settler as settler_module
 from billing_tailer.ledger import Ledger, activity_reads
 from billing_tailer.ledger.connection import lock_key
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX
+from billing_tailer.litellm import SpendLogs
+from billing_tailer.poller import Poll, Poller
 from billing_tailer.settler import LIST_SECONDS_MAX, Settler
+from billing_tailer.spend import parse_row
 from tests.support.follow import following
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, rows
@@ -137,6 +143,32 @@ def test_several_files_do_not_bring_them_faster_than_they_are_listed(
         assert count(dsn, "unsettled_facts") == 4000
     assert len(seen) > 4
     assert max(seen) == 0, "left behind while there is more to read"
+
+
+def test_a_poll_before_they_are_listed_has_not_covered_them(dsn: str, tmp_path: Path) -> None:
+    """It asked for what began up to the end of the calls that were listed: a later attempt of another one may have
+    begun after that."""
+    with following(dsn, tmp_path, deadline_seconds=0) as rig, pytest.MonkeyPatch.context() as patch:
+        settler = rig.tailer._settler
+        settler._poller = Poller(
+            SpendLogs("http://127.0.0.1:9", "key", stop=threading.Event()),
+            partial(parse_row, cost_max=Decimal(1)),
+            lambda: None,
+        )
+        settler._poller.busy = True
+        patch.setattr(Settler, "_list", lambda *_, **__: False)
+        log(tmp_path, line(0) + line(1, msec="1795308912.000"))
+        rig.turn()
+        log(tmp_path, line(2, msec="1795310000.000", request_time="1500.000") + lines(1000, MANY))
+        rig.turn()
+        settler._take(Poll(rig.ledger.poll_window(None, None, 10), (), 0, covered=True))
+        patch.undo()
+        sweep(rig)
+        assert kinds(dsn).get("call-00000001") == "overdue"
+        assert kinds(dsn).get("call-00000002") is None
+        settler._take(Poll(rig.ledger.poll_window(None, None, 10), (), 0, covered=True))
+        sweep(rig)
+        assert kinds(dsn)["call-00000002"] == "overdue"
 
 
 def test_an_idle_daemon_waits_for_nobody(dsn: str, tmp_path: Path) -> None:

@@ -43,12 +43,13 @@ ASK_AFTER_MIN, ASK_AFTER_MAX = timedelta(minutes=15), timedelta(days=7)
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """One unsettled call's times, on Postgres' clock: since when its fact is committed, when the request began, and
-    whether SETTLE_DEADLINE_SECONDS have passed since the commit."""
+    """One unsettled call's times, on Postgres' clock: since when its fact is committed, when the request began,
+    whether SETTLE_DEADLINE_SECONDS have passed since the commit, and when the request ended, where that is known."""
 
     committed_at: datetime
     started_at: datetime
     deadline_passed: bool
+    ended_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,7 @@ def _state(
     is_over: Callable[[Waiting], bool],
 ) -> CallState:
     call_id = row["call_id"]
-    waiting = Waiting(row["committed_at"], row["started_at"], row["deadline_passed"])
+    waiting = Waiting(row["committed_at"], row["started_at"], row["deadline_passed"], row["occurred_at"])
     receipts = [_receipt(one) for one in found["receipts"].get(call_id, ())]
     return CallState(
         fact=UsageFact(**{name: row[name] for name in UsageFact._fields}),
