@@ -754,8 +754,8 @@ select f.call_id, f.occurred_at - make_interval(secs => coalesce(f.request_secon
             when 'overdue' = any(k.open) then 'overdue'
             when k.not_charged then 'not_charged'
             when u.call_id is not null then 'pending'
-            when exists (select from unlisted_facts l where l.file_id = f.file_id
-                         and l.start_offset <= f.start_offset and l.end_offset > f.start_offset) then 'pending'
+            -- one transaction made both; by ranges, each of these calls would be held against all of its file's
+            when (f.file_id, f.committed_at) in (select file_id, committed_at from unlisted_facts) then 'pending'
             else 'closed' end as standing,
        r.provider_cost_usd + coalesce(a.cost, 0) as provider_cost_usd,
        r.charged_credits + coalesce(a.credits, 0)::bigint as credits,
