@@ -58,9 +58,8 @@ _SHARED = frozenset(
 """All that the shared columns follow from."""
 _NEEDED = {*_OWN, *_SHARED, "upstream_status", "upstream_connect_time"} - {"call_id", "requested_model"}
 """Without one of these, `audit` takes no line."""
-_TEXT = r'[^"]*+(?:(?<=\\)"[^"]*+)*+'
-"""Up to a quote without a backslash before it. A value with a backslash at its end is read on beyond it: then no line
-matches, for the own values and the ones that do not matter have no quotes and no backslashes."""
+_TEXT = r'[^"\\]*+(?:\\.[^"\\]*+)*+'
+"""Up to the quote that ends a JSON string."""
 _PLAIN = r"[ !#-\[\]-~]*+"
 """A value that does not matter, and is JSON for certain."""
 _NAME = re.compile(_PLAIN)

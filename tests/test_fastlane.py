@@ -69,6 +69,14 @@ def test_common_lines_are_fast() -> None:
     assert sum(map(parser.is_fast, recorded)) > 0.7 * len(recorded)
 
 
+@pytest.mark.parametrize("value", ["ends with \\", '"', '\\"', "\\\\", "ü", "a\nb"])
+def test_no_client_keeps_his_lines_off_the_fast_lane(value: str) -> None:
+    """Whatever has to be escaped in what he sends."""
+    parser = Parser()
+    parser.agrees(odd := compact({**FIELDS, "run_id": value, "end_user": value}))
+    assert parser.is_fast(odd)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
