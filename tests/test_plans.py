@@ -191,7 +191,6 @@ HOT: Mapping[str, Hot] = {
         "usage_facts_range charge_receipts_pkey call_exceptions_pkey",
         {"start_offset": 6000 * 600, "end_offset": 6500 * 600},
     ),
-    "forget_unlisted": Hot("unlisted_facts_pkey", PLACE),
     "unsettle_calls": Hot("usage_facts_pkey"),
     "stop_calls": Hot("unsettled_facts_pkey call_exceptions_pkey call_exceptions_open"),
     "resume_calls": Hot("unsettled_facts_pkey call_exceptions_pkey call_exceptions_open"),
@@ -326,7 +325,7 @@ NOT_HOT: Mapping[str, str] = {
         activity_files""",
     "offset resets and prunes: as many as an operator ordered": "newest_reset reset_by_id count_prune end_prune",
     "one row": "unaudited_span claim_unaudited",
-    "byte ranges: a row for a batch that waits to be listed": "oldest_unlisted",
+    "byte ranges: a few rows for a batch that waits to be listed": "any_unlisted take_unlisted",
     "an operator's reset of a file": """
         delete_batches_from delete_gaps_from recount_letter_bytes delete_open_dead_letters_from""",
     "counts all, for `status`": "totals settlement_totals settlement_exceptions",
