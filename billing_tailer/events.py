@@ -109,9 +109,7 @@ class Events:
         self._resets = counter(
             "offset_resets_total", "Offsets moved, and missing or blocked files decided, by an operator", "source"
         )
-        self._pending = gauge(
-            "pending_calls", "Calls that may still get a receipt; a large batch at first counts whole"
-        )
+        self._pending = gauge("pending_calls", "Calls that may get a receipt; large batches first count whole")
         self._oldest_pending = gauge(
             "oldest_pending_timestamp_seconds", "Since when the longest waiting call is committed; NaN if none waits"
         )
