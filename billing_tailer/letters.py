@@ -8,6 +8,7 @@ from typing import Any
 from billing_tailer.files import LogStream
 from billing_tailer.model import FactRow, PlacedFact, PlacedRecord, Rejected, SeenFile, Skip
 from billing_tailer.plan import Parse
+from billing_tailer.rows import placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ def read_again(
     if isinstance(outcome, Skip):
         return outcome
     if isinstance(outcome, FactRow):
-        return PlacedFact(outcome, *place, letter["end_offset"])
+        return placed(outcome, *place, letter["end_offset"])
     return PlacedRecord(outcome, *place)
 
 

@@ -140,9 +140,12 @@ class FactRow(NamedTuple):
 
 
 class PlacedFact(NamedTuple):
-    """A fact and the byte range it was read from; `end_offset` is exclusive and includes the newline."""
+    """A fact and the byte range it was read from; `end_offset` is exclusive and includes the newline. text: the columns
+    of the place too, behind those of the fact (`rows.placed`)."""
 
-    fact: FactRow
+    call_id: str
+    text: str
+    second: int
     file_id: int
     start_offset: int
     end_offset: int

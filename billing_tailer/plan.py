@@ -6,8 +6,9 @@ exactly one count (tests/test_plan.py). Framing: only a newline ends a line, and
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
 from billing_tailer.model import (
@@ -30,6 +31,7 @@ from billing_tailer.model import (
     Skip,
     SpendRecord,
 )
+from billing_tailer.rows import placed
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -41,6 +43,9 @@ RAW_BYTES_MAX = 64 << 10
 RAW_BYTES_MAX_TOO_LONG = 4 << 10
 RAW_BYTES_MAX_PER_FILE = 100 << 20
 """Beyond this a file's dead letters keep no bytes, so that a file of nothing but poison cannot fill the database."""
+
+PIECE_BYTES = 64 << 10
+"""So much of a chunk is taken apart into lines at a time."""
 
 Parse = Callable[[bytes], FactRow | SpendRecord | Skip | Rejected]
 
@@ -113,10 +118,6 @@ def take_lines(
     cut = 0 if chunk.data.startswith(b"\0") else hole + 1 if hole >= 0 else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
-    taken = chunk.data[:cut]
-    lines = taken.split(b"\n", lines_max)
-    if rest := lines.pop():
-        taken = taken[: -len(rest)]
     counts: Counter[str] = Counter()
     facts: list[PlacedFact] = []
     letters: list[DeadLetter] = []
@@ -124,11 +125,11 @@ def take_lines(
     skips: list[PlacedSkip] = []
     kept_bytes = position.dead_letter_bytes
     start = position.committed_offset
-    for line in lines:
+    for line in islice(_lines(chunk.data, cut), lines_max):
         end = start + len(line) + 1
         outcome = parse(line) if len(line) <= line_bytes_max else _too_long(line)
         if type(outcome) is FactRow:
-            facts.append(tuple.__new__(PlacedFact, (outcome, position.file_id, start, end)))  # as PlacedFact(...)
+            facts.append(placed(outcome, position.file_id, start, end))
         elif type(outcome) is Skip:
             counts[outcome.reason] += 1
             if outcome.call_id is not None:
@@ -143,13 +144,23 @@ def take_lines(
         start = end
     if facts:
         counts[Outcome.FACT] = len(facts)
+    taken = memoryview(chunk.data)[: start - position.committed_offset]
     grown = _grow(position, row, taken, counts)
     head = position.head + taken[: max(0, HEAD_BYTES_MAX - len(position.head))]
-    tail = taken[-FRONTIER_BYTES_MAX:]
+    tail = bytes(taken[-FRONTIER_BYTES_MAX:])
     if len(tail) < FRONTIER_BYTES_MAX:
         tail = (chunk.context + tail)[-FRONTIER_BYTES_MAX:]
     step = _step(position, grown, row, head=head, tail=tail, size=chunk.size, kept_bytes=kept_bytes, counts=counts)
     return FileWork(step, facts, letters, grown, records, skips)
+
+
+def _lines(data: bytes, end: int) -> Iterator[bytes]:
+    """The whole lines up to `end`, where one ends, without their newlines; few of them in memory at a time."""
+    start = 0
+    while start < end:
+        stop = (data.rfind(b"\n", start, min(end, start + PIECE_BYTES)) + 1) or (data.index(b"\n", start) + 1)
+        yield from data[start : stop - 1].split(b"\n")
+        start = stop
 
 
 def take_rest(position: Position, context: bytes, rest: bytes, parse: Parse) -> FileWork:
@@ -210,7 +221,7 @@ def build(works: Sequence[FileWork]) -> Plan:
         steps=tuple(work.step for work in works),
         facts=facts,
         dead_letters=tuple(letter for work in works for letter in work.dead_letters),
-        overlapping=len({fact.fact.call_id for fact in facts}) != len(facts),
+        overlapping=len({fact.call_id for fact in facts}) != len(facts),
         records=tuple(record for work in works for record in work.records),
         skips=tuple(skip for work in works for skip in work.skips),
     )
@@ -260,7 +271,7 @@ def _dead_letter(file_id: int, start: int, line: bytes, rejected: Rejected, kept
     )
 
 
-def _grow(position: Position, row: OpenRow | None, taken: bytes, counts: Counter[str]) -> OpenRow:
+def _grow(position: Position, row: OpenRow | None, taken: memoryview, counts: Counter[str]) -> OpenRow:
     end = position.committed_offset + len(taken)
     if not _may_grow(position, row):
         return OpenRow(position.committed_offset, end, hashlib.sha256(taken), dict(counts))

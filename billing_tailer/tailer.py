@@ -250,7 +250,7 @@ class Tailer:
     def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:
         """Commit, and ask which of the calls can be decided now. That question failing undoes no commit."""
         committed = self._ledger.commit(plan)
-        calls = {fact.fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
+        calls = {fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
         try:
             return committed, self._settler.decidable(calls)
         except LedgerUnavailable as error:

@@ -124,7 +124,7 @@ def assert_true_to(content: bytes, work: FileWork) -> None:
     for fact in work.facts:
         line = content[fact.start_offset : fact.end_offset]
         assert line.endswith(b"\n")
-        assert fact.fact.call_id == line[:-1].decode("latin-1")
+        assert fact.call_id == line[:-1].decode("latin-1")
 
 
 def by_hand(content: bytes, line_bytes_max: int) -> tuple[list[tuple[int, int]], list[tuple[int, int, str, bytes]]]:
@@ -458,7 +458,7 @@ def test_build_of_several_files() -> None:
     one, other = b"f1\nb\n", b"f2\nx\nhalf"
     built = build([taken(one), taken(other, position_in(other, file_id=2))])
     assert [step.position.file_id for step in built.steps] == [1, 2]
-    assert [(fact.file_id, fact.fact.call_id) for fact in built.facts] == [(1, "f1"), (2, "f2")]
+    assert [(fact.file_id, fact.call_id) for fact in built.facts] == [(1, "f1"), (2, "f2")]
     assert [letter.file_id for letter in built.dead_letters] == [1]
     assert (built.lines, built.bytes, built.overlapping) == (4, 10, False)
 
@@ -482,7 +482,7 @@ def test_without_refused() -> None:
     built = build(works)
     letters = {index: refuse(content)(built.facts[index]) for index in (1, 3)}
     left = without_refused(built, letters)
-    assert [fact.fact.call_id for fact in left.facts] == ["f1", "f3", "f5"]
+    assert [fact.call_id for fact in left.facts] == ["f1", "f3", "f5"]
     assert [(d.file_id, d.start_offset, d.reason, d.raw) for d in left.dead_letters] == [
         (1, 6, "invalid_json", b"b\n"),
         (1, 3, "refused_by_postgres", b"f2\n"),

@@ -10,7 +10,7 @@ from psycopg.rows import dict_row
 from billing_tailer.ledger import writer
 from billing_tailer.ledger.connection import Connection, connect
 from billing_tailer.model import PlacedFact, UsageFact
-from billing_tailer.rows import COLUMNS, row_of, values_of
+from billing_tailer.rows import COLUMNS, placed, row_of, values_of
 
 # no NUL and no lone surrogates: `audit` lets none through (tests/test_audit.py::assert_storable)
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -54,21 +54,21 @@ def test_values_of_a_row(fact: UsageFact) -> None:
 @given(st.lists(facts, min_size=1, max_size=8, unique_by=lambda fact: fact.call_id))
 def test_postgres_reads_the_same_facts(dsn: str, many: list[UsageFact]) -> None:
     """By COPY, as large batches go, and by INSERT, as small ones do."""
-    placed = [PlacedFact(row_of(fact), 7, 10 * number, 10 * number + 9) for number, fact in enumerate(many)]
+    places = [placed(row_of(fact), 7, 10 * number, 10 * number + 9) for number, fact in enumerate(many)]
     with connect(dsn, "billing", application_name="test") as session:
         for write in (_by_copy, _by_insert):
             with session.transaction(force_rollback=True), session.cursor(row_factory=dict_row) as cursor:
-                write(session, placed)
+                write(session, places)
                 found = cursor.execute("select * from usage_facts order by start_offset").fetchall()
                 assert [UsageFact(**{name: row[name] for name in UsageFact._fields}) for row in found] == many
                 assert [(row["file_id"], row["start_offset"], row["end_offset"]) for row in found] == [
-                    (fact.file_id, fact.start_offset, fact.end_offset) for fact in placed
+                    (fact.file_id, fact.start_offset, fact.end_offset) for fact in places
                 ]
 
 
-def _by_copy(session: Connection, placed: list[PlacedFact]) -> None:
-    writer.copy_text(session, writer._COPY_FACTS, [writer.row_text(fact) for fact in placed])
+def _by_copy(session: Connection, places: list[PlacedFact]) -> None:
+    writer.copy_text(session, writer._COPY_FACTS, [fact.text for fact in places])
 
 
-def _by_insert(session: Connection, placed: list[PlacedFact]) -> None:
-    writer._texts(session).executemany(writer._INSERT_FACT, [writer._values(fact) for fact in placed])
+def _by_insert(session: Connection, places: list[PlacedFact]) -> None:
+    writer._texts(session).executemany(writer._INSERT_FACT, [values_of(fact.text) for fact in places])

@@ -7,7 +7,7 @@ keeps its counts: it was read as a dead letter.
 from billing_tailer.errors import RowRejected, TailerError
 from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
 from billing_tailer.ledger.records import insert_records, known_lines
-from billing_tailer.ledger.writer import COLUMNS, copy_text, row_text
+from billing_tailer.ledger.writer import COLUMNS, copy_text
 from billing_tailer.model import Outcome, PlacedFact, PlacedRecord, Skip
 from billing_tailer.rows import identity
 
@@ -51,15 +51,15 @@ def _insert(connection: Connection, becomes: PlacedFact | PlacedRecord | Skip, d
     if isinstance(becomes, PlacedRecord):
         return Outcome.SPEND_RECORD if insert_records(connection, [becomes]) else Outcome.REPLAYED
     connection.execute(query("create_staging"))
-    copy_text(connection, _COPY_STAGED, [f"{row_text(becomes)}\t0"])
+    copy_text(connection, _COPY_STAGED, [f"{becomes.text}\t0"])
     inserted = connection.execute(_INSERT_STAGED).fetchall()
     numbers = [0] if inserted else []
     connection.execute(query("unsettle_staged"), {"inserted": numbers})
     if inserted:
         return Outcome.FACT
-    if identity(becomes.fact) in known_lines(connection, [becomes.fact.call_id]):
+    if identity(becomes) in known_lines(connection, [becomes.call_id]):
         return Outcome.REPLAYED
     connection.execute(query("insert_conflicts"), {"conflicts": [0]})
     # the call may be settled: nobody else would look at it again
-    connection.execute(query("touch_calls"), {"call_ids": [becomes.fact.call_id]})
+    connection.execute(query("touch_calls"), {"call_ids": [becomes.call_id]})
     return Outcome.CONFLICT

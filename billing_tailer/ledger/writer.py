@@ -48,7 +48,6 @@ from billing_tailer.model import (
     GapReason,
     Outcome,
     Place,
-    PlacedFact,
     PlacedRecord,
     PlacedSkip,
     Plan,
@@ -58,7 +57,7 @@ from billing_tailer.model import (
 )
 from billing_tailer.plan import moved_counts
 from billing_tailer.rows import COLUMNS as FACT_COLUMNS
-from billing_tailer.rows import identity, values_of
+from billing_tailer.rows import PLACE_COLUMNS, identity, values_of
 from billing_tailer.settle import CallState, Decision
 
 PING_SECONDS = 2.0
@@ -78,7 +77,7 @@ PIPELINE_FACTS_MAX = 40
 SKIPPED_CALLS_MAX = 200_000
 """Of the calls whose lines were skipped, so many are remembered: 30 MB, however many strangers knock."""
 
-COLUMNS = (*FACT_COLUMNS, "file_id", "start_offset", "end_offset")
+COLUMNS = (*FACT_COLUMNS, *PLACE_COLUMNS)
 _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
 _INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
@@ -399,7 +398,7 @@ class Ledger:
         if len(plan.facts) > PIPELINE_FACTS_MAX:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
-                copy_text(session, _COPY_FACTS, [row_text(fact) for fact in plan.facts])
+                copy_text(session, _COPY_FACTS, [fact.text for fact in plan.facts])
                 with session.pipeline() as pipeline:
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
                     self._write_positions(plan, steps, pipeline)
@@ -410,7 +409,7 @@ class Ledger:
             steps = self._insert_records(plan)
             with session.pipeline() as pipeline:
                 if plan.facts:
-                    values = [_values(fact) for fact in plan.facts]
+                    values = [values_of(fact.text) for fact in plan.facts]
                     _texts(session).executemany(_INSERT_FACT, values)
                     _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
                 self._write_positions(plan, steps, pipeline)
@@ -422,18 +421,18 @@ class Ledger:
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
             session.execute(query("create_staging"))
-            texts = [f"{row_text(fact)}\t{number}" for number, fact in enumerate(plan.facts)]
+            texts = [f"{fact.text}\t{number}" for number, fact in enumerate(plan.facts)]
             copy_text(session, _COPY_STAGED, texts)
             first: dict[str, int] = {}
             for number, fact in enumerate(plan.facts):
-                first.setdefault(fact.fact.call_id, number)
+                first.setdefault(fact.call_id, number)
             inserted = [first[row[0]] for row in session.execute(_INSERT_STAGED).fetchall()]
             session.execute(query("unsettle_staged"), {"inserted": inserted})
             steps, conflicts = _sort_out(plan, steps, set(inserted), known_lines(session, first))
             if conflicts:
                 session.execute(query("insert_conflicts"), {"conflicts": conflicts})
                 # the call may be settled: after a crash right now nobody else would look at it again
-                ids = [plan.facts[number].fact.call_id for number in conflicts]
+                ids = [plan.facts[number].call_id for number in conflicts]
                 session.execute(query("touch_calls"), {"call_ids": ids})
             with session.pipeline() as pipeline:
                 self._write_positions(plan, steps, pipeline)
@@ -601,7 +600,7 @@ class Ledger:
             for index, fact in enumerate(plan.facts):
                 try:
                     with self._session.transaction():
-                        _texts(self._session).execute(_INSERT_FACT, _values(fact))
+                        _texts(self._session).execute(_INSERT_FACT, values_of(fact.text))
                 except psycopg.errors.UniqueViolation:
                     continue
                 except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
@@ -616,11 +615,6 @@ def copy_text(session: Connection, statement: str, texts: Sequence[str]) -> None
             copy.write("\n".join(texts[start : start + COPY_ROWS]) + "\n")
 
 
-def row_text(placed: PlacedFact) -> str:
-    """A fact with its place: the columns COLUMNS."""
-    return f"{placed.fact.text}\t{placed.file_id}\t{placed.start_offset}\t{placed.end_offset}"
-
-
 def _texts(session: Connection) -> psycopg.Cursor[Any]:
     """A cursor that leaves it to Postgres what type a text is."""
     cursor = session.cursor()
@@ -628,15 +622,11 @@ def _texts(session: Connection) -> psycopg.Cursor[Any]:
     return cursor
 
 
-def _values(placed: PlacedFact) -> list[Any]:
-    return [*values_of(placed.fact.text), placed.file_id, placed.start_offset, placed.end_offset]
-
-
 def _unlisted(plan: Plan) -> list[dict[str, int]]:
     """The ranges of a plan whose facts are to be put on the work list later."""
     seconds: dict[int, list[int]] = {}
     for placed in plan.facts:
-        seconds.setdefault(placed.file_id, []).append(placed.fact.second)
+        seconds.setdefault(placed.file_id, []).append(placed.second)
     return [
         {
             "file_id": step.position.file_id,
@@ -661,10 +651,10 @@ def _sort_out(
     for number, placed in enumerate(plan.facts):
         if number in inserted:
             continue
-        outcome = Outcome.REPLAYED if identity(placed.fact) in known else Outcome.CONFLICT
+        outcome = Outcome.REPLAYED if identity(placed) in known else Outcome.CONFLICT
         if outcome is Outcome.CONFLICT:
             conflicts.append(number)
-            known.add(identity(placed.fact))
+            known.add(identity(placed))
         counts = change.setdefault(
             placed.file_id, {str(Outcome.FACT): 0, str(Outcome.REPLAYED): 0, str(Outcome.CONFLICT): 0}
         )
