@@ -535,3 +535,13 @@ def test_moved_counts_keep_their_sum(content: bytes, data: st.DataObject) -> Non
         assert sum(counts.values()) == sum(work.step.counts.values())
         assert counts.get("replayed", 0) == moved
         assert all(count > 0 for count in counts.values())
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2, 3, 7, 8, 64, 1 << 16])
+def test_pieces_are_not_seen(monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
+    """However much of a chunk is taken apart at a time: empty lines, lines longer than a piece, a rest behind."""
+    monkeypatch.setattr(plan, "PIECE_BYTES", piece_bytes)
+    data = b"\n\na\nbb\n" + b"c" * 20 + b"\n\n" + b"d" * 7 + b"\nrest"
+    assert list(plan._lines(data, data.rindex(b"\n") + 1)) == data.split(b"\n")[:-1]
+    assert list(plan._lines(data, 2)) == [b"", b""]
+    assert list(plan._lines(data, 0)) == []
