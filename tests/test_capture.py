@@ -2,7 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +14,7 @@ import psycopg
 import pytest
 
 from billing_tailer.capture import Capture
+from billing_tailer.errors import TailerError
 from billing_tailer.events import Events
 from billing_tailer.ledger import Reads, operator, writer
 from billing_tailer.ledger.connection import query
@@ -62,11 +65,28 @@ def reading(dsn: str) -> Iterator[Reads]:
 
 
 def turned(rig: Rig, reads: Reads, capture: Capture | None = None) -> Events:
-    """One turn, and all its answers."""
+    """One turn, and all its answers taken."""
     capture = capture or Capture(rig.ledger, reads, Events(), DEADLINE_SECONDS)
-    capture.turn()
-    for _ in range(2):  # each of the two threads has come by
-        reads.call("none").result(10)
+    taken: list[threading.Event] = []
+    when_done = Capture._when_done
+
+    def noted(answer: Future[Any], take: Callable[[Any], None], fail: Callable[[TailerError], None]) -> None:
+        over = threading.Event()
+        taken.append(over)
+
+        def then(tell: Callable[[Any], None]) -> Callable[[Any], None]:
+            def told(what: object) -> None:
+                tell(what)
+                over.set()
+
+            return told
+
+        when_done(answer, then(take), then(fail))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capture, "_when_done", noted)
+        capture.turn()
+    assert all(event.wait(10) for event in taken)
     while capture._asking:
         reads.call("none").result(10)
     return capture._events
