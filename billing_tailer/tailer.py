@@ -244,7 +244,8 @@ class Tailer:
         self._ahead = ahead if committed.steps == plan.steps else None
         if isinstance(known, LedgerUnavailable):
             raise known
-        self._settler.note_unlisted()
+        if committed.unlisted:
+            self._settler.note_unlisted()
         self._settler.after_commit(known)
 
     def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:

@@ -114,11 +114,13 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What became of a plan: its steps with the counts as they were stored, and the positions afterwards."""
+    """What became of a plan: its steps with the counts as they were stored, and the positions afterwards. unlisted: its
+    facts may still have to be put on the work list."""
 
     steps: tuple[FileStep, ...]
     positions: tuple[Position, ...]
     seconds: float
+    unlisted: bool
 
 
 class Ledger:
@@ -377,7 +379,8 @@ class Ledger:
         started = time.monotonic()
         steps = self._commit_once(plan, staged=plan.overlapping, attempts=DEADLOCK_ATTEMPTS)
         self._last_proof = time.monotonic()
-        return Committed(steps, tuple(step.after() for step in steps), self._last_proof - started)
+        seconds = self._last_proof - started
+        return Committed(steps, tuple(step.after() for step in steps), seconds, len(plan.facts) > PIPELINE_FACTS_MAX)
 
     def _commit_once(self, plan: Plan, *, staged: bool, attempts: int) -> tuple[FileStep, ...]:
         """Direct first; through staging where calls are known, or where another session (a backfill of the same calls)
