@@ -37,6 +37,19 @@ def calls(numbers: range) -> list[str]:
     return [f"call-{number:08d}" for number in numbers]
 
 
+def counted_at_commits(monkeypatch: pytest.MonkeyPatch, dsn: str, table: str) -> list[int]:
+    """How many rows a table has before each commit from now on."""
+    seen: list[int] = []
+    commit = Ledger.commit
+
+    def note(self: Ledger, plan: Any) -> Any:
+        seen.append(count(dsn, table))
+        return commit(self, plan)
+
+    monkeypatch.setattr(Ledger, "commit", note)
+    return seen
+
+
 @pytest.fixture
 def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop has always something better to do."""
@@ -103,14 +116,7 @@ def test_they_wait_while_there_is_more_to_read_but_not_for_long(
     dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log(tmp_path, lines(0, 4 * MANY))
-    seen: list[int] = []
-    commit = Ledger.commit
-
-    def note(self: Ledger, plan: Any) -> Any:
-        seen.append(count(dsn, "unsettled_facts"))
-        return commit(self, plan)
-
-    monkeypatch.setattr(Ledger, "commit", note)
+    seen = counted_at_commits(monkeypatch, dsn, "unsettled_facts")
     with following(dsn, tmp_path, batch_lines_max=MANY):
         assert len(listed(dsn)) == 4 * MANY
     assert seen == [0, 0, 0, 0], "listed between two batches"
@@ -130,14 +136,7 @@ def test_several_files_do_not_bring_them_faster_than_they_are_listed(
     """A batch leaves a range for each file: with one range a round, calls of a busy source would never be listed."""
     for file in range(4):
         (tmp_path / f"audit-{file}.jsonl").write_bytes(lines(10_000 * file, 1000))
-    seen: list[int] = []
-    commit = Ledger.commit
-
-    def note(self: Ledger, plan: Any) -> Any:
-        seen.append(count(dsn, "unlisted_facts"))
-        return commit(self, plan)
-
-    monkeypatch.setattr(Ledger, "commit", note)
+    seen = counted_at_commits(monkeypatch, dsn, "unlisted_facts")
     monkeypatch.setattr(settler_module, "LIST_SECONDS_MAX", 0.0)
     with following(dsn, tmp_path):
         assert count(dsn, "unsettled_facts") == 4000

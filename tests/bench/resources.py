@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from tests.bench.processes import activity, memory_mb
 from tests.bench.readings import Goal, Reading
 from tests.bench.world import FACTS, RECEIPTS, World, daemon, wait_for_count, wait_until_ready
 from tests.support.daemon import Daemon
+from tests.support.logfiles import repeated
 from tests.support.proxy import PostgresProxy
 
 MEMORY_GOAL: Final = Goal(at_most=96)
@@ -49,19 +49,9 @@ class Memory:
 @contextmanager
 def _watched(running: Daemon) -> Iterator[Memory]:
     """Samples until the end of the block."""
-    memory, ended = Memory(), threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLE_SECONDS):
-            memory.resident.append(memory_mb(running.pid)[0])
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
+    memory = Memory()
+    with repeated(lambda: memory.resident.append(memory_mb(running.pid)[0]), SAMPLE_SECONDS):
         yield memory
-    finally:
-        ended.set()
-        thread.join()
     now, memory.peak = memory_mb(running.pid)
     memory.resident.append(now)
 

@@ -1,7 +1,7 @@
 """What people and programs do to log files."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,17 +31,29 @@ def replaced(log: Path, content: bytes) -> None:
 def busy_writer(log: Path, first: int) -> Iterator[list[int]]:
     """A thread that writes three lines every two milliseconds, of the calls from `first` on; gives a list of one: the
     call that is next."""
-    stop, following = threading.Event(), [first]
+    following = [first]
 
     def write() -> None:
-        while not stop.wait(0.002):
-            append(log, lines(following[0], 3))
-            following[0] += 3
+        append(log, lines(following[0], 3))
+        following[0] += 3
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
+    with repeated(write, 0.002):
         yield following
+
+
+@contextmanager
+def repeated(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Beside what the block does, in a thread of its own, with a pause of so many seconds before each time."""
+    ended = threading.Event()
+
+    def act() -> None:
+        while not ended.wait(seconds):
+            action()
+
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        yield
     finally:
-        stop.set()
-        writer.join()
+        ended.set()
+        thread.join()
