@@ -172,8 +172,8 @@ def progress_bar(what: str, bytes_total: int | None) -> Iterator[Callable[[int],
     if not sys.stderr.isatty():
         yield lambda _: None
         return
-    from rich import progress  # noqa: PLC0415
-    from rich.console import Console  # noqa: PLC0415
+    from rich import progress  # noqa: PLC0415  # as below
+    from rich.console import Console  # noqa: PLC0415  # as below
 
     of_bytes = (progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn())
     of_rows = (progress.TextColumn("{task.completed:.0f}"), progress.TimeElapsedColumn())
@@ -218,8 +218,8 @@ def _show_rows(
     columns: Sequence[str],
     notes: Callable[[Mapping[str, Any]], Iterable[str]],
 ) -> None:
-    from rich import box  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
+    from rich import box  # noqa: PLC0415  # as above
+    from rich.table import Table  # noqa: PLC0415  # as above
 
     cells = [[_cell(column, row[column]) for column in columns] for row in rows]
     widths = [max(len(name), *map(len, column)) for name, column in zip(columns, zip(*cells, strict=True), strict=True)]
@@ -266,7 +266,7 @@ def _show_pairs(console: "Console", pairs: Mapping[str, Any], width: int) -> Non
 
 
 def _cell(name: str, value: Any) -> "Text":
-    from rich.text import Text  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415  # as above
 
     if isinstance(value, Mapping):
         return Text(", ".join(f"{text(key)}={_cell(str(key), one).plain}" for key, one in value.items()) or "none")

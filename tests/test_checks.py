@@ -434,6 +434,6 @@ def test_a_spool_that_does_not_persist(verb: Verb, daemon_dsn: str, log: Path) -
         None,
     )
     if memory is None or not os.access(memory, os.W_OK):
-        pytest.skip("no tmpfs that may be written to")
+        pytest.skip("no tmpfs that may be written to: what is refused on one cannot be shown")
     verb.environment(SPOOL_DIR=f"{memory}/billing-tailer-spool")
     assert "is on tmpfs, memory: what was acknowledged is lost" in warnings(verb.json("check"))["spool"]

@@ -70,7 +70,7 @@ def test_the_scripts(shell: str) -> None:
 def test_in_a_real_bash(tmp_path: Path) -> None:
     bash = shutil.which("bash")
     if bash is None:
-        pytest.skip("no bash")
+        pytest.skip("bash is not installed: there is nothing to complete words in")
     script = tmp_path / "billing-tailer"
     script.write_text(f"#!{sys.executable}\nfrom billing_tailer.cli import main\nmain()\n")
     script.chmod(0o755)

@@ -133,7 +133,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.wfile.flush()
 
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the name is http.server's
         pass
 
 
@@ -212,7 +212,7 @@ def read(logs: SpendLogs, seconds: float = 10) -> list[str]:
 def read_into(logs: SpendLogs, outcome: list[BaseException]) -> None:
     try:
         read(logs)
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001  # the test looks at it
         outcome.append(error)
 
 
@@ -331,7 +331,7 @@ def test_more_rows_of_one_time_than_a_page_holds(fake: FakeLiteLLM, logs: SpendL
     for _ in range(35):
         fake.add(1500)
     found: list[str] = []
-    with pytest.raises(LiteLLMContract, match=r"00:59:59\.5"):  # noqa: PT012
+    with pytest.raises(LiteLLMContract, match=r"00:59:59\.5"):  # noqa: PT012  # what came before the error counts
         for rows in logs.window(BEGIN, BEGIN + timedelta(seconds=5)):
             found += [row["request_id"] for row in rows]
     assert sorted(found) == sorted(fake.ids())
@@ -752,7 +752,7 @@ def test_stop_ends_a_pause(fake: FakeLiteLLM, url: str, answer: Answer | None) -
         timer = threading.Timer(0.1, stop.set)
         timer.start()
         began = time.monotonic()
-        with pytest.raises(LiteLLMStopped):  # noqa: PT012
+        with pytest.raises(LiteLLMStopped):  # noqa: PT012  # the first or the second of them
             logs.by_call_id("x")
             logs.by_call_id("x")
         assert time.monotonic() - began < 2

@@ -134,14 +134,14 @@ def test_an_address_that_is_not_ours(events: Events, health: Health, host: str) 
         HttpServer(host, 0, events, health).start()
 
 
-@pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0"])  # noqa: S104
+@pytest.mark.parametrize("host", ["::1", "localhost", "0.0.0.0"])  # noqa: S104  # one may ask for it
 def test_addresses(events: Events, health: Health, host: str) -> None:
     server = HttpServer(host, 0, events, health)
     try:
         server.start()
     except ConfigError as error:
         if host == "::1":
-            pytest.skip(str(error))
+            pytest.skip(f"this machine has no IPv6: {error}")
         raise
     url = f"http://{'[::1]' if host == '::1' else '127.0.0.1'}:{server.port}/livez"
     assert httpx.get(url, trust_env=False).status_code == 200
