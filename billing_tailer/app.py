@@ -328,7 +328,7 @@ def _follow(
 
 
 def _reader(settings: Settings, files: LogFiles, is_spool: Callable[[str], bool]) -> Reader:
-    audit_line = fastlane.parser(audit.routes(settings.llm_routes))
+    audit_line = fastlane.AuditLines(audit.routes(settings.llm_routes))
     spool_line = partial(parse_spool_line, cost_max=settings.cost_max_usd)
     limits = Limits(settings.batch_lines_max, settings.batch_bytes_max, settings.line_bytes_max)
     return Reader(files, lambda path: spool_line if is_spool(path) else audit_line, limits)

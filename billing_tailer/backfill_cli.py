@@ -45,7 +45,7 @@ def backfill(files: Files, reason: Reason, by: By = None, dry_run: DryRun = Fals
             daemons = ledger.positions_of_daemons()
             for path in paths:
                 refuse_followed(path, {file.locator: file for file in scan.files}, daemons, ledger.ping)
-            parse = fastlane.parser(audit.routes(settings.llm_routes))
+            parse = fastlane.AuditLines(audit.routes(settings.llm_routes))
             with progress_bar("reading", sum(map(_size, paths))) as bar:
                 if dry_run:
                     rows = [_looked_at(path, ledger, parse, settings, bar) for path in paths]

@@ -90,7 +90,7 @@ class Chunk:
     there. `size` is that of the file when it was read."""
 
     context: bytes
-    data: bytes
+    data: bytes | bytearray
     size: int
 
 
@@ -375,7 +375,7 @@ class LogFiles:
         return os.fstat(self._open(file)).st_size
 
     def read(self, position: Position, file: SeenFile, bytes_max: int) -> Chunk | Verdict:
-        """Read what follows the committed offset, in one pread together with the frontier before it; a verdict other
+        """Read what follows the committed offset, in one call together with the frontier before it; a verdict other
         than AGREES where the file is no longer what the position says, or cannot be read."""
         if file.compressed:
             return self._read_archive(position, file, bytes_max)
@@ -383,19 +383,19 @@ class LogFiles:
             fd, bound = self._open(file), self._bound(file.path)
             size = min(os.fstat(fd).st_size, bound)
             start = position.committed_offset - position.frontier_bytes
-            buffer = os.pread(fd, max(0, min(position.frontier_bytes + bytes_max, bound - start)), start)
-            context = buffer[: position.frontier_bytes]
+            # into two buffers: megabytes of data are not copied again
+            context = bytearray(max(0, min(position.frontier_bytes, bound - start)))
+            data = bytearray(max(0, min(bytes_max, bound - position.committed_offset)))
+            got = os.preadv(fd, [context, data], start)
+            del context[got:], data[max(0, got - position.frontier_bytes) :]
             if size < position.size_seen or hashlib.sha256(context).digest() != position.frontier_sha256:
                 return _compare(fd, size, position)
-            end = start + len(buffer)
-            if (
-                end < min(size, position.committed_offset + bytes_max)
-                and b"\n" not in buffer[position.frontier_bytes :]
-            ):
+            end = start + got
+            if end < min(size, position.committed_offset + bytes_max) and b"\n" not in data:
                 os.pread(fd, 1, end)  # a read that meets a bad sector stops before it; only the next one says why
         except OSError:
             return Verdict.UNREADABLE
-        return Chunk(context, buffer[position.frontier_bytes :], max(size, end))
+        return Chunk(bytes(context), data, max(size, end))
 
     def _read_archive(self, position: Position, file: SeenFile, bytes_max: int) -> Chunk | Verdict:
         start = position.committed_offset - position.frontier_bytes

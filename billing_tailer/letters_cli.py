@@ -122,7 +122,7 @@ def _decided(
 def _parser(settings: Settings, path: str) -> Parse:
     if is_spool_file(path):
         return partial(parse_spool_line, cost_max=settings.cost_max_usd)
-    return fastlane.parser(audit.routes(settings.llm_routes))
+    return fastlane.AuditLines(audit.routes(settings.llm_routes))
 
 
 def _finder(settings: Settings, dsn: str) -> Callable[[int], SeenFile | None]:

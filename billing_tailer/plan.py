@@ -6,10 +6,9 @@ exactly one count (tests/test_plan.py). Framing: only a newline ends a line, and
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from billing_tailer.model import (
     FRONTIER_BYTES_MAX,
@@ -48,6 +47,20 @@ PIECE_BYTES = 64 << 10
 """So much of a chunk is taken apart into lines at a time."""
 
 Parse = Callable[[bytes], FactRow | SpendRecord | Skip | Rejected]
+"""A line without its newline -> its outcome."""
+
+
+@runtime_checkable
+class ParseMany(Protocol):
+    """A `Parse` that knows common lines without taking each of them apart (`fastlane`)."""
+
+    def __call__(self, line: bytes, /) -> FactRow | SpendRecord | Skip | Rejected: ...
+    def common(
+        self, text: str, at: int, lines_max: int, line_bytes_max: int, file_id: int, offset: int
+    ) -> list[PlacedFact]:
+        """The facts of the common lines one behind the other from `at` on, until the first other one. text: a character
+        for each byte, whole lines; it begins at `offset` of the file."""
+        ...
 
 
 class Bytes(Protocol):
@@ -56,7 +69,7 @@ class Bytes(Protocol):
     @property
     def context(self) -> bytes: ...
     @property
-    def data(self) -> bytes: ...
+    def data(self) -> bytes | bytearray: ...
     @property
     def size(self) -> int: ...
 
@@ -118,49 +131,86 @@ def take_lines(
     cut = 0 if chunk.data.startswith(b"\0") else hole + 1 if hole >= 0 else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
-    counts: Counter[str] = Counter()
-    facts: list[PlacedFact] = []
-    letters: list[DeadLetter] = []
-    records: list[PlacedRecord] = []
-    skips: list[PlacedSkip] = []
-    kept_bytes = position.dead_letter_bytes
-    start = position.committed_offset
-    for line in islice(_lines(chunk.data, cut), lines_max):
-        end = start + len(line) + 1
-        outcome = parse(line) if len(line) <= line_bytes_max else _too_long(line)
-        if type(outcome) is FactRow:
-            facts.append(placed(outcome, position.file_id, start, end))
-        elif type(outcome) is Skip:
-            counts[outcome.reason] += 1
-            if outcome.call_id is not None:
-                skips.append(PlacedSkip(outcome.call_id, position.file_id, start))
-        elif type(outcome) is SpendRecord:
-            counts[Outcome.SPEND_RECORD] += 1
-            records.append(PlacedRecord(outcome, position.file_id, start))
-        elif type(outcome) is Rejected:
-            counts[Outcome.DEAD_LETTER] += 1
-            letters.append(_dead_letter(position.file_id, start, line + b"\n", outcome, kept_bytes))
-            kept_bytes += len(letters[-1].raw)
-        start = end
-    if facts:
-        counts[Outcome.FACT] = len(facts)
-    taken = memoryview(chunk.data)[: start - position.committed_offset]
-    grown = _grow(position, row, taken, counts)
+    lines = _Lines(position, parse, line_bytes_max)
+    start = 0
+    while start < cut and lines.taken < lines_max:
+        # few lines are in memory twice
+        stop = chunk.data.rfind(b"\n", start, min(cut, start + PIECE_BYTES)) + 1 or chunk.data.index(b"\n", start) + 1
+        lines.take(bytes(memoryview(chunk.data)[start:stop]), lines_max)
+        start = stop
+    taken = memoryview(chunk.data)[: lines.end - position.committed_offset]
+    grown = _grow(position, row, taken, lines.counts)
     head = position.head + taken[: max(0, HEAD_BYTES_MAX - len(position.head))]
     tail = bytes(taken[-FRONTIER_BYTES_MAX:])
     if len(tail) < FRONTIER_BYTES_MAX:
         tail = (chunk.context + tail)[-FRONTIER_BYTES_MAX:]
-    step = _step(position, grown, row, head=head, tail=tail, size=chunk.size, kept_bytes=kept_bytes, counts=counts)
-    return FileWork(step, facts, letters, grown, records, skips)
+    step = _step(
+        position,
+        grown,
+        row,
+        head=head,
+        tail=tail,
+        size=chunk.size,
+        kept_bytes=lines.kept_bytes,
+        counts=lines.counts,
+    )
+    return FileWork(step, lines.facts, lines.letters, grown, lines.records, lines.skips)
 
 
-def _lines(data: bytes, end: int) -> Iterator[bytes]:
-    """The whole lines up to `end`, where one ends, without their newlines; few of them in memory at a time."""
-    start = 0
-    while start < end:
-        stop = (data.rfind(b"\n", start, min(end, start + PIECE_BYTES)) + 1) or (data.index(b"\n", start) + 1)
-        yield from data[start : stop - 1].split(b"\n")
-        start = stop
+class _Lines:
+    """What the lines behind a position are, in their order. end: where the last one ends, in the file."""
+
+    def __init__(self, position: Position, parse: Parse, line_bytes_max: int) -> None:
+        self._file_id = position.file_id
+        self._parse = parse
+        self._common = parse.common if isinstance(parse, ParseMany) else None
+        self._line_bytes_max = line_bytes_max
+        self.end = position.committed_offset
+        self.taken = 0
+        self.kept_bytes = position.dead_letter_bytes
+        self.counts: Counter[str] = Counter()
+        self.facts: list[PlacedFact] = []
+        self.letters: list[DeadLetter] = []
+        self.records: list[PlacedRecord] = []
+        self.skips: list[PlacedSkip] = []
+
+    def take(self, piece: bytes, lines_max: int) -> None:
+        """The lines of a piece that ends with one, until there are so many in all."""
+        offset, at = self.end, 0
+        # a character is a byte then
+        text = "" if self._common is None else piece.decode("latin-1")
+        while at < len(piece) and self.taken < lines_max:
+            if self._common is not None:
+                facts = self._common(text, at, lines_max - self.taken, self._line_bytes_max, self._file_id, offset)
+                if facts:
+                    self.facts += facts
+                    self.counts[Outcome.FACT] += len(facts)
+                    self.taken += len(facts)
+                    at = facts[-1].end_offset - offset
+                    continue
+            end = piece.index(b"\n", at) + 1
+            self._take_line(piece[at:end], offset + at)
+            self.taken += 1
+            at = end
+        self.end = offset + at
+
+    def _take_line(self, line: bytes, start: int) -> None:
+        """line: with its newline."""
+        outcome = self._parse(line[:-1]) if len(line) - 1 <= self._line_bytes_max else _too_long(line)
+        if type(outcome) is FactRow:
+            self.counts[Outcome.FACT] += 1
+            self.facts.append(placed(outcome, self._file_id, start, start + len(line)))
+        elif type(outcome) is Skip:
+            self.counts[outcome.reason] += 1
+            if outcome.call_id is not None:
+                self.skips.append(PlacedSkip(outcome.call_id, self._file_id, start))
+        elif type(outcome) is SpendRecord:
+            self.counts[Outcome.SPEND_RECORD] += 1
+            self.records.append(PlacedRecord(outcome, self._file_id, start))
+        elif type(outcome) is Rejected:
+            self.counts[Outcome.DEAD_LETTER] += 1
+            self.letters.append(_dead_letter(self._file_id, start, line, outcome, self.kept_bytes))
+            self.kept_bytes += len(self.letters[-1].raw)
 
 
 def take_rest(position: Position, context: bytes, rest: bytes, parse: Parse) -> FileWork:
@@ -255,7 +305,7 @@ def refused(fact: PlacedFact, line: bytes, detail: str) -> DeadLetter:
 
 
 def _too_long(line: bytes) -> Rejected:
-    return Rejected(DeadLetterReason.TOO_LONG, f"{len(line) + 1} bytes")
+    return Rejected(DeadLetterReason.TOO_LONG, f"{len(line)} bytes")
 
 
 def _room(kept_bytes: int) -> int:

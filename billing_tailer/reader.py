@@ -11,7 +11,17 @@ from dataclasses import dataclass, field, replace
 from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.holes import Holes
 from billing_tailer.model import FileStep, Position, SeenFile, Verdict
-from billing_tailer.plan import FileWork, LongLine, OpenRow, Parse, take_hole, take_lines, take_long_line, take_rest
+from billing_tailer.plan import (
+    FileWork,
+    LongLine,
+    OpenRow,
+    Parse,
+    ParseMany,
+    take_hole,
+    take_lines,
+    take_long_line,
+    take_rest,
+)
 
 FILE_SHARE_BYTES_MIN = 64 << 10
 """What each of many busy files is read in one round, so that none starves."""
@@ -88,8 +98,7 @@ class Reader:
         open_rows: dict[int, OpenRow | None] = {work.step.position.file_id: work.row for work in after}
         rows = {**self._rows, **open_rows}
         waiting = self._waiting(places, followed)
-        # half of the bytes: while this batch is committed, the next one is read
-        budget = self._limits.batch_bytes_max // 2
+        budget = self._limits.batch_bytes_max
         bytes_left, lines_left = budget, self._limits.batch_lines_max
         batch = Batch([])
         for position, file in waiting:
@@ -97,8 +106,11 @@ class Reader:
                 batch.full = True
                 break
             self._turn = position.file_id
-            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, budget // len(waiting)))
-            work = self._work_on(position, file, rows.get(position.file_id), share, lines_left, batch)
+            parse = self._parser_of(position.path)
+            # of common lines, rows of a quarter of their size are left while the next batch is read; of others, all
+            whole = budget if isinstance(parse, ParseMany) else budget // 2
+            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, whole // len(waiting)))
+            work = self._work_on(position, file, rows.get(position.file_id), parse, share, lines_left, batch)
             if work is not None:
                 batch.works.append(work)
                 batch.full = batch.full or work.step.end_offset < file.size
@@ -136,7 +148,14 @@ class Reader:
         return size if unchanged else position.committed_offset
 
     def _work_on(
-        self, position: Position, file: SeenFile, row: OpenRow | None, share: int, lines_max: int, batch: Batch
+        self,
+        position: Position,
+        file: SeenFile,
+        row: OpenRow | None,
+        parse: Parse,
+        share: int,
+        lines_max: int,
+        batch: Batch,
     ) -> FileWork | None:
         if position.file_id in self._long_lines:
             return self._stream(position, file, batch)
@@ -154,7 +173,6 @@ class Reader:
             else:
                 batch.surprised = True
             return None
-        parse = self._parser_of(position.path)
         work = take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=line_max)
         if work is None and len(chunk.data) > line_max:
             self._long_lines[position.file_id] = LongLine(position.committed_offset, tail=chunk.context)
@@ -164,7 +182,7 @@ class Reader:
             and position.file_id in self._finished
             and position.committed_offset + len(chunk.data) == chunk.size
         ):
-            return take_rest(position, chunk.context, chunk.data, parse)
+            return take_rest(position, chunk.context, bytes(chunk.data), parse)
         elif work is None:
             end = position.committed_offset + len(chunk.data)
             self._half_lines[position.file_id] = (position.committed_offset, end, file.mtime_ns)

@@ -1,6 +1,8 @@
 """The fast lane is the long way, only faster: every line has the same outcome and the same row on both."""
 
 import json
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from billing_tailer import audit, fastlane
-from billing_tailer.model import FactRow, Rejected, Skip, UsageFact
+from billing_tailer import audit, fastlane, plan
+from billing_tailer.files import Chunk
+from billing_tailer.model import FactRow, FileState, Position, Rejected, Skip, UsageFact
 from billing_tailer.rows import row_of
 from billing_tailer.settings import LLM_ROUTES
-from tests.support.factrows import fact_of
+from tests.support.factrows import fact_of, read_line
 from tests.support.loglines import line
 
 LLM_PATH = audit.routes(LLM_ROUTES)
@@ -21,21 +24,18 @@ FIELDS: dict[str, str] = json.loads(line(1))
 
 
 class Parser:
-    """A parser, and whether it went the long way: the fast one does not look at the URI again."""
+    """Lines one by one, as `plan` takes them."""
 
     def __init__(self) -> None:
-        self.looks = 0
-        self.parse = fastlane.parser(self._look)
+        self.lines = fastlane.AuditLines(LLM_PATH)
 
-    def _look(self, uri: str) -> str | None:
-        self.looks += 1
-        return LLM_PATH(uri)
+    def parse(self, text: bytes) -> FactRow | Skip | Rejected:
+        return read_line(self.lines, text)[0]
 
     def is_fast(self, text: bytes) -> bool:
-        before = self.looks
-        found = self.parse(text)
+        found, common = read_line(self.lines, text)
         assert isinstance(found, FactRow)
-        return self.looks == before
+        return common
 
     def agrees(self, text: bytes) -> None:
         """Before the line's shape is known, and after."""
@@ -233,12 +233,69 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         parser.agrees(compact({**FIELDS, "run_id": f"run-{number}"}))
     assert parser.is_fast(compact({**FIELDS, "run_id": "run-49"}))
     assert not parser.is_fast(compact({**FIELDS, "run_id": "run-0"}))
-    parser.agrees(long := compact({**FIELDS, "end_user": "a" * 200, "spend_logs_metadata": "x" * 1000}))
+    parser.agrees(long := compact({**FIELDS, "end_user": "a" * 200, "spend_logs_metadata": "x" * 1500}))
     assert not parser.is_fast(long)
-    parser.agrees(odd := compact({**FIELDS, "spend_logs_metadata": "\N{GRINNING FACE}" + "x" * 400}))
+    parser.agrees(
+        odd := compact(
+            {**FIELDS, "run_id": "\N{GRINNING FACE}", "end_user": "x" * 250, "spend_logs_metadata": "x" * 300}
+        )
+    )
     assert not parser.is_fast(odd)
-    parser.agrees(like := compact({**FIELDS, "spend_logs_metadata": "ü" + "x" * 400}))
+    parser.agrees(like := compact({**FIELDS, "run_id": "ü", "end_user": "x" * 250, "spend_logs_metadata": "x" * 300}))
     assert parser.is_fast(like)
+
+
+def slow(text: bytes) -> FactRow | Skip | Rejected:
+    outcome = audit.parse(text, LLM_PATH)
+    return row_of(outcome) if isinstance(outcome, UsageFact) else outcome
+
+
+@given(
+    st.lists(st.sampled_from([*RECORDED, *(line(number)[:-1] for number in range(40)), b"", b"{"]), max_size=80),
+    st.integers(1, 90),
+    st.sampled_from([700, 1100, 1 << 16]),
+    st.sampled_from([1, 700, 5000, 1 << 16]),
+)
+def test_many_lines_agree(many: list[bytes], lines_max: int, line_bytes_max: int, piece_bytes: int) -> None:
+    """Taken as `plan` takes them: the same rows with the same places, the same counts, the same hash."""
+    content = b"before\n" + b"".join(text + b"\n" for text in many)
+    place = Position(3, "/x", 1, 1, 1, None, b"before\n", 7, sha256(b"before\n").digest(), 7, 7, FileState.LIVE)
+    chunk = Chunk(content[:7], content[7:], len(content))
+
+    def works(parse: plan.Parse) -> object:
+        work = plan.take_lines(place, chunk, None, parse, lines_max=lines_max, line_bytes_max=line_bytes_max)
+        if work is None:
+            return None
+        texts = [fact.text.rsplit("\t", 3) for fact in work.facts]  # a number may be written in more than one way
+        facts = [fact_of(FactRow("", values, 0)) for values, *_ in texts]
+        places = [(fact._replace(text=""), numbers) for fact, (_, *numbers) in zip(work.facts, texts, strict=True)]
+        return facts, places, replace(work, row=None, facts=[])
+
+    fast = fastlane.AuditLines(LLM_PATH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "PIECE_BYTES", piece_bytes)
+        expected = works(slow)
+        for _ in range(2):  # before the shapes are known, and after
+            assert works(fast) == expected
+
+
+def test_common_lines_end_where_they_should() -> None:
+    fast, many = fastlane.AuditLines(LLM_PATH), [line(number)[:-1] for number in range(100, 105)]
+    for one in many:
+        fast(one)
+    text = b"\n".join([*many, b"another", *many, b""]).decode()
+    length = len(many[0]) + 1
+
+    def starts(at: int, lines_max: int, line_bytes_max: int) -> list[int]:
+        return [fact.start_offset for fact in fast.common(text, at, lines_max, line_bytes_max, 1, 1000)]
+
+    assert starts(0, 100, 2000) == [1000 + length * number for number in range(5)]
+    assert starts(0, 3, 2000) == [1000 + length * number for number in range(3)]
+    assert starts(length, 1, length - 1) == [1000 + length]
+    assert starts(0, 100, length - 2) == []
+    assert starts(5 * length, 100, 2000) == []
+    assert len(starts(5 * length + 8, 100, 2000)) == 5
+    assert starts(len(text), 100, 2000) == []
 
 
 def test_skips_and_rejections_pass_through() -> None:

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -616,13 +616,13 @@ def test_read_sees_what_was_appended(logs: LogFiles, tmp_path: Path) -> None:
 def test_read_while_the_file_grows(logs: LogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read never lies beyond the size that is reported with it."""
     position, file = followed(logs, tmp_path / "audit", b"one\n", 4)
-    pread = os.pread
+    preadv = os.preadv
 
-    def growing(fd: int, length: int, offset: int) -> bytes:
+    def growing(fd: int, buffers: Sequence[bytearray], offset: int) -> int:
         append(tmp_path / "audit", b"two\n")
-        return pread(fd, length, offset)
+        return preadv(fd, buffers, offset)
 
-    monkeypatch.setattr(os, "pread", growing)
+    monkeypatch.setattr(os, "preadv", growing)
     assert logs.read(position, file, 100) == Chunk(b"one\n", b"two\n", 8)
 
 

@@ -31,7 +31,7 @@ from billing_tailer.rows import row_of
 from billing_tailer.settings import LLM_ROUTES
 from billing_tailer.spend import KEY_BYTES_MAX, TOKENS_MAX, parse_row, parse_spool_line
 from tests.support.callbacks import DATA, SAMPLES
-from tests.support.factrows import fact_of
+from tests.support.factrows import fact_of, read_line
 from tests.support.follow import following
 from tests.support.fuzzing import SECONDS, Mutator, fuzz, seeds
 from tests.support.loglines import RECORDED, line
@@ -45,7 +45,7 @@ KEPT_MAX = 1500
 FOREVER = Position(1, "/x", 1, 1, 1, None, b"", 0, hashlib.sha256().digest(), 0, 0, FileState.LIVE)
 
 LLM_PATH = audit.routes(LLM_ROUTES)
-fast_line = fastlane.parser(LLM_PATH)
+fast_line = fastlane.AuditLines(LLM_PATH)
 spool_line: Parse = partial(parse_spool_line, cost_max=COST_MAX)
 
 LINES = [*RECORDED.read_bytes().splitlines(), *(DATA / "litellm/audit.jsonl").read_bytes().splitlines()]
@@ -56,7 +56,7 @@ RECORDS.append(b'{"received_at":1.5,"rejected":{"reason":"too_long","detail":"mo
 
 def audit_line(text: bytes) -> FactRow | Skip | Rejected:
     """Both ways of a line, which agree."""
-    found, expected = fast_line(text), audit.parse(text, LLM_PATH)
+    (found, _), expected = read_line(fast_line, text), audit.parse(text, LLM_PATH)
     assert (fact_of(found) if isinstance(found, FactRow) else found) == expected
     return found
 

@@ -25,7 +25,7 @@ from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.spendlines import payload, spool_line
 
-parse = fastlane.parser(audit.routes(LLM_ROUTES))
+parse = fastlane.AuditLines(audit.routes(LLM_ROUTES))
 
 
 @pytest.fixture

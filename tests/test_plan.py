@@ -541,7 +541,12 @@ def test_moved_counts_keep_their_sum(content: bytes, data: st.DataObject) -> Non
 def test_pieces_are_not_seen(monkeypatch: pytest.MonkeyPatch, piece_bytes: int) -> None:
     """However much of a chunk is taken apart at a time: empty lines, lines longer than a piece, a rest behind."""
     monkeypatch.setattr(plan, "PIECE_BYTES", piece_bytes)
-    data = b"\n\na\nbb\n" + b"c" * 20 + b"\n\n" + b"d" * 7 + b"\nrest"
-    assert list(plan._lines(data, data.rindex(b"\n") + 1)) == data.split(b"\n")[:-1]
-    assert list(plan._lines(data, 2)) == [b"", b""]
-    assert list(plan._lines(data, 0)) == []
+    data = b"\n\na\nff\n" + b"f" * 20 + b"\n\n" + b"f" * 7 + b"\nrest"
+    facts = [(text, data.index(b"\n" + text + b"\n") + 1) for text in (b"ff", b"f" * 20, b"f" * 7)]
+    places = [(fact.call_id.encode(), fact.start_offset, fact.end_offset) for fact in taken(data).facts]
+    assert places == [(text, at, at + len(text) + 1) for text, at in facts]
+    assert taken(data).step.counts == {"fact": 3, "not_llm_route": 4}
+    for lines in range(1, 8):
+        work = take(data, lines=lines)
+        assert work is not None
+        assert work.step.end_offset == len(b"\n".join(data.split(b"\n")[:lines])) + 1

@@ -67,7 +67,7 @@ def following(
         return "/callbacks-" in path
 
     follower = Follower(files, ledger, events, health, start_at_end=start_at_end, is_spool=is_spool)
-    audit_line = fastlane.parser(audit.routes(LLM_ROUTES))
+    audit_line = fastlane.AuditLines(audit.routes(LLM_ROUTES))
     spool_line = partial(parse_spool_line, cost_max=Decimal(1000))
 
     def parser_of(path: str) -> Parse:
