@@ -220,5 +220,5 @@ class Backfill:
         ((step,), (position,)) = committed.steps, committed.positions
         self._row = None if work.row is None or step.batch is None else replace(work.row, counts=step.batch.counts)
         filled.counts.update(step.counts)
-        self._settler.after_commit(self._settler.decidable({placed.call_id for placed in plan.facts}))
+        self._settler.after_commit(self._settler.decidable(plan.fact_calls))
         return position

@@ -314,14 +314,26 @@ class FileStep:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything one transaction commits. `overlapping`: two lines of the plan share a call id."""
+    """Everything one transaction commits. fact_calls: the call ids of the facts. earliest: by `file_id`, the earliest
+    second of its facts."""
 
     steps: tuple[FileStep, ...]
     facts: tuple[PlacedFact, ...]
-    dead_letters: tuple[DeadLetter, ...] = ()
-    overlapping: bool = False
-    records: tuple[PlacedRecord, ...] = ()
-    skips: tuple[PlacedSkip, ...] = ()
+    dead_letters: tuple[DeadLetter, ...]
+    records: tuple[PlacedRecord, ...]
+    skips: tuple[PlacedSkip, ...]
+    fact_calls: frozenset[str]
+    earliest: Mapping[int, int]
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether two lines of the plan share a call id."""
+        return len(self.fact_calls) != len(self.facts)
+
+    @property
+    def calls(self) -> frozenset[str]:
+        """The call ids of facts and records."""
+        return self.fact_calls.union([placed.record.call_id for placed in self.records])
 
     @property
     def lines(self) -> int:

@@ -8,6 +8,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from billing_tailer.model import (
@@ -266,14 +268,12 @@ def take_hole(position: Position, context: bytes, end: int, size: int) -> FileWo
 
 def build(works: Sequence[FileWork]) -> Plan:
     """One plan of the work of several files, in the order given; a file may stand in it once."""
-    facts = tuple(fact for work in works for fact in work.facts)
-    return Plan(
-        steps=tuple(work.step for work in works),
-        facts=facts,
-        dead_letters=tuple(letter for work in works for letter in work.dead_letters),
-        overlapping=len({fact.call_id for fact in facts}) != len(facts),
-        records=tuple(record for work in works for record in work.records),
-        skips=tuple(skip for work in works for skip in work.skips),
+    return _plan(
+        tuple(work.step for work in works),
+        tuple(fact for work in works for fact in work.facts),
+        tuple(letter for work in works for letter in work.dead_letters),
+        tuple(record for work in works for record in work.records),
+        tuple(skip for work in works for skip in work.skips),
     )
 
 
@@ -285,17 +285,32 @@ def without_refused(plan: Plan, letters: Mapping[int, DeadLetter]) -> Plan:
     for letter in letters.values():
         bounded.append(replace(letter, raw=letter.raw[: _room(kept[letter.file_id])]))
         kept[letter.file_id] += len(bounded[-1].raw)
-    return Plan(
-        steps=tuple(
+    return _plan(
+        tuple(
             replace(_recount(step, refused[step.position.file_id]), dead_letter_bytes=kept[step.position.file_id])
             for step in plan.steps
         ),
-        facts=tuple(fact for index, fact in enumerate(plan.facts) if index not in letters),
-        dead_letters=(*plan.dead_letters, *bounded),
-        overlapping=plan.overlapping,
-        records=plan.records,
-        skips=plan.skips,
+        tuple(fact for index, fact in enumerate(plan.facts) if index not in letters),
+        (*plan.dead_letters, *bounded),
+        plan.records,
+        plan.skips,
     )
+
+
+def _plan(
+    steps: tuple[FileStep, ...],
+    facts: tuple[PlacedFact, ...],
+    dead_letters: tuple[DeadLetter, ...],
+    records: tuple[PlacedRecord, ...],
+    skips: tuple[PlacedSkip, ...],
+) -> Plan:
+    """facts: those of a file one behind the other."""
+    fact_calls = frozenset([fact.call_id for fact in facts])
+    earliest = {
+        file_id: min([fact.second for fact in of_file])
+        for file_id, of_file in groupby(facts, key=attrgetter("file_id"))
+    }
+    return Plan(steps, facts, dead_letters, records, skips, fact_calls, earliest)
 
 
 def refused(fact: PlacedFact, line: bytes, detail: str) -> DeadLetter:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.holes import Holes
-from billing_tailer.model import FileStep, Position, SeenFile, Verdict
+from billing_tailer.model import FileStep, Plan, Position, SeenFile, Verdict
 from billing_tailer.plan import (
     FileWork,
     LongLine,
     OpenRow,
     Parse,
     ParseMany,
+    build,
     take_hole,
     take_lines,
     take_long_line,
@@ -52,6 +53,13 @@ class Batch:
     surprised: bool = False
     unreadable: tuple[str, ...] = ()
     sizes: dict[int, int] = field(default_factory=dict)
+    _plan: Plan | None = None
+
+    def plan(self) -> Plan:
+        """All of the work as one plan, made once."""
+        if self._plan is None:
+            self._plan = build(self.works)
+        return self._plan
 
 
 class Reader:

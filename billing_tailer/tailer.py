@@ -70,6 +70,7 @@ class Tailer:
         self._next_tidy = 0.0
         self._committer = ThreadPoolExecutor(1, "commit")
         self._ahead: Batch | None = None
+        self._spent: Plan | None = None
         self._failures = 0
         self._next_show = 0.0
         self._next_check = 0.0
@@ -222,13 +223,16 @@ class Tailer:
             self._follower.scan_soon()
         if not sound:
             return
-        plan = build(sound)
+        plan = batch.plan() if len(sound) == len(batch.works) else build(sound)
         sending = self._committer.submit(self._send, plan)
+        # freeing it takes as long as a few statements: not while Postgres waits
+        self._spent = None
         ahead = None
         try:
             if batch.full:
                 follower = self._follower
                 ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=sound)
+                ahead.plan()
         finally:
             wait([sending])
         try:
@@ -242,6 +246,7 @@ class Tailer:
         self._adopt(plan, sound, committed)
         # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
+        self._spent = plan if self._ahead is not None else None
         if isinstance(known, LedgerUnavailable):
             raise known
         if committed.unlisted:
@@ -251,9 +256,8 @@ class Tailer:
     def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:
         """Commit, and ask which of the calls can be decided now. That question failing undoes no commit."""
         committed = self._ledger.commit(plan)
-        calls = {fact.call_id for fact in plan.facts} | {placed.record.call_id for placed in plan.records}
         try:
-            return committed, self._settler.decidable(calls)
+            return committed, self._settler.decidable(plan.calls)
         except LedgerUnavailable as error:
             return committed, error
 

@@ -135,11 +135,11 @@ def test_several_files_do_not_bring_them_faster_than_they_are_listed(
 ) -> None:
     """A batch leaves a range for each file: with one range a round, calls of a busy source would never be listed."""
     for file in range(4):
-        (tmp_path / f"audit-{file}.jsonl").write_bytes(lines(10_000 * file, 1000))
+        (tmp_path / f"audit-{file}.jsonl").write_bytes(lines(10_000 * file, 2000))
     seen = counted_at_commits(monkeypatch, dsn, "unlisted_facts")
     monkeypatch.setattr(settler_module, "LIST_SECONDS_MAX", 0.0)
     with following(dsn, tmp_path):
-        assert count(dsn, "unsettled_facts") == 4000
+        assert count(dsn, "unsettled_facts") == 8000
     assert len(seen) > 4
     assert max(seen) == 0, "left behind while there is more to read"
 

@@ -11,10 +11,11 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
+from itertools import islice
 from operator import itemgetter
 from typing import Any
 
@@ -401,7 +402,7 @@ class Ledger:
         if len(plan.facts) > PIPELINE_FACTS_MAX:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
-                copy_text(session, _COPY_FACTS, [fact.text for fact in plan.facts])
+                copy_text(session, _COPY_FACTS, (fact.text for fact in plan.facts))
                 with session.pipeline() as pipeline:
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
                     self._write_positions(plan, steps, pipeline)
@@ -424,8 +425,7 @@ class Ledger:
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
             session.execute(query("create_staging"))
-            texts = [f"{fact.text}\t{number}" for number, fact in enumerate(plan.facts)]
-            copy_text(session, _COPY_STAGED, texts)
+            copy_text(session, _COPY_STAGED, (f"{fact.text}\t{number}" for number, fact in enumerate(plan.facts)))
             first: dict[str, int] = {}
             for number, fact in enumerate(plan.facts):
                 first.setdefault(fact.call_id, number)
@@ -611,11 +611,12 @@ class Ledger:
         return refused
 
 
-def copy_text(session: Connection, statement: str, texts: Sequence[str]) -> None:
-    """COPY rows that are text already."""
+def copy_text(session: Connection, statement: str, texts: Iterable[str]) -> None:
+    """COPY rows that are text already. Postgres has the first ones before the last are looked at."""
+    rest = iter(texts)
     with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
-        for start in range(0, len(texts), COPY_ROWS):
-            copy.write("\n".join(texts[start : start + COPY_ROWS]) + "\n")
+        while rows := "\n".join(islice(rest, COPY_ROWS)):
+            copy.write(rows + "\n")
 
 
 def _texts(session: Connection) -> psycopg.Cursor[Any]:
@@ -627,19 +628,16 @@ def _texts(session: Connection) -> psycopg.Cursor[Any]:
 
 def _unlisted(plan: Plan) -> list[dict[str, int]]:
     """The ranges of a plan whose facts are to be put on the work list later."""
-    seconds: dict[int, list[int]] = {}
-    for placed in plan.facts:
-        seconds.setdefault(placed.file_id, []).append(placed.second)
     return [
         {
             "file_id": step.position.file_id,
             "start_offset": step.position.committed_offset,
             "end_offset": step.end_offset,
-            "facts": len(seconds[step.position.file_id]),
-            "second": min(seconds[step.position.file_id]),
+            "facts": step.counts[Outcome.FACT],
+            "second": plan.earliest[step.position.file_id],
         }
         for step in plan.steps
-        if step.position.file_id in seconds
+        if step.position.file_id in plan.earliest
     ]
 
 
