@@ -8,10 +8,11 @@ GB: Final = 1_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Amounts:
-    """rounds: of everything that is compared in turn. lines: of a backlog. settled_calls: of one with its callbacks,
-    which takes so much longer. latency: (calls per second, seconds). receipts: how many are in
-    the database while the backlog is read, the last one also for the page. start_log: bytes of the long log that a
-    process starts on. posting: seconds for each number of posters."""
+    """rounds: of everything that is compared in turn. lines: of a backlog. settled_calls: of one with its
+    callbacks, which takes so much longer. latency: (calls per second, seconds). receipts: how many are in the
+    database while the backlog is read, the last one also for the page. roomy: settings of a Postgres with memory
+    for the indexes of the most of them. start_log: bytes of the long log that a process starts on. posting: seconds
+    for each number of posters."""
 
     rounds: int
     lines: int
@@ -21,6 +22,7 @@ class Amounts:
     outage_bytes: int
     idle_seconds: float
     receipts: tuple[int, ...]
+    roomy: tuple[str, ...]
     files: int
     start_log_bytes: int
     starts: int
@@ -40,6 +42,7 @@ FULL: Final = Amounts(
     outage_bytes=GB,
     idle_seconds=60,
     receipts=(0, 1_000_000, 10_000_000),
+    roomy=("shared_buffers=4GB", "max_wal_size=16GB", "checkpoint_timeout=30min"),
     files=500,
     start_log_bytes=10 * GB,
     starts=5,
@@ -57,6 +60,7 @@ QUICK: Final = Amounts(
     outage_bytes=2_000_000,
     idle_seconds=0.5,
     receipts=(0, 1_000),
+    roomy=("shared_buffers=64MB",),
     files=20,
     start_log_bytes=5_000_000,
     starts=1,

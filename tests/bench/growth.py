@@ -4,46 +4,89 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import psycopg
+
 from tests.bench import logs
+from tests.bench.fill import TABLES
 from tests.bench.following import follow
 from tests.bench.readings import Goal, Reading, median, ratios
+from tests.bench.reference import KEYS, Rows, append_seconds, rows_of
 from tests.bench.world import FACTS, World, daemon, last_commit, value, wait_for_count, wait_until_ready
 from tests.support.daemon import Daemon
 
 RECEIPTS_GOAL: Final = Goal(at_least=0.7)
 START_GOAL: Final = Goal(at_most=0.5)
-SEED: Final = 100
-"""Calls that grow a filled database must be new ones."""
+ROUND_SEEDS: Final = 100
 BLOCK_BYTES: Final = 64 << 20
 
 
 def receipts(world: World) -> list[Reading]:
-    """Calls to receipts beside none and beside millions of receipts, in turn."""
+    """Calls to receipts beside none and beside millions of receipts, in turn, and raw COPY of the same rows; then once
+    more with a Postgres that has the indexes in memory."""
     amounts = world.amounts
-    count = amounts.settled_calls
-    rates: dict[int, list[float]] = {there: [] for there in amounts.receipts}
-    for round_ in range(amounts.rounds):
-        for there in amounts.receipts:
-            log, spool = world.log(count, SEED + round_), world.spool(count, SEED + round_)
+    ours, raw = _beside(world, amounts.receipts, ROUND_SEEDS)
+    most = max(amounts.receipts)
+    with world.restarted(amounts.roomy):
+        _warm(world.filled(most))
+        roomy, roomy_raw = _beside(world, (0, most), 2 * ROUND_SEEDS)
+    copied, memory = "raw COPY of their rows into the same tables", f"with {', '.join(amounts.roomy)}: "
+    return [
+        *_grown("calls_per_s", "ratio", "calls to receipts", ours, RECEIPTS_GOAL),
+        *_grown("copy_calls_per_s", "copy_ratio", copied, raw, None),
+        *_grown("roomy_calls_per_s", "roomy_ratio", f"{memory}calls to receipts", roomy, RECEIPTS_GOAL),
+        *_grown("roomy_copy_calls_per_s", "roomy_copy_ratio", f"{memory}{copied}", roomy_raw, None),
+    ]
+
+
+Rates = dict[int, list[float]]
+"""Calls per second, round by round, by how many receipts were there."""
+
+
+def _beside(world: World, receipts: Sequence[int], seed: int) -> tuple[Rates, Rates]:
+    """Ours, and raw COPY of the rows that came of the calls where there was none."""
+    count = world.amounts.settled_calls
+    ours: Rates = {there: [] for there in receipts}
+    raw: Rates = {there: [] for there in receipts}
+    for _ in range(world.amounts.rounds):
+        rows: Rows = {}
+        for there in receipts:
+            seed += 1  # calls that grow a filled database must be new ones
+            log, spool = world.log(count, seed), world.spool(count, seed)
             with world.database() if there == 0 else nullcontext(world.filled(there)) as dsn:
-                found = follow(world, dsn, {"audit.jsonl": log}, count, spool=spool)
-            rates[there].append(count / found.seconds)
-        world.forget(count, SEED + round_)
+                ours[there].append(count / follow(world, dsn, {"audit.jsonl": log}, count, spool=spool).seconds)
+                rows = rows if there else rows_of(dsn, list(KEYS))
+            with world.database() if there == 0 else nullcontext(world.filled(there)) as dsn:
+                raw[there].append(count / append_seconds(dsn, rows))
+            world.forget(count, seed)
+    return ours, raw
+
+
+def _grown(key: str, ratio_key: str, what: str, rates: Rates, goal: Goal | None) -> list[Reading]:
     readings = []
-    for there, found_rates in rates.items():
-        what = f"calls to receipts beside {there:,} receipts"
-        readings.append(median(f"calls_per_s_{there}", what, "1/s", found_rates, note=f"{count:,} calls"))
+    for there, found in rates.items():
+        beside = f"{what}, beside {there:,}"
+        readings.append(median(f"{key}_{there}", beside, "1/s", found))
         if there:
-            goal = RECEIPTS_GOAL if there == max(rates) else None
-            share = ratios(found_rates, rates[0])
-            readings.append(median(f"ratio_{there}", f"{what}, of the rate beside none", "", share, goal=goal))
+            share = ratios(found, rates[0])
+            held = goal if there == max(rates) else None
+            readings.append(median(f"{ratio_key}_{there}", f"{beside}, of the rate beside none", "", share, goal=held))
     return readings
+
+
+def _warm(dsn: str) -> None:
+    """Read the indexes into Postgres' memory, where a server that has run for a while has them."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("create extension if not exists pg_prewarm")
+        connection.execute(
+            "select pg_prewarm(indexrelid::regclass) from pg_index where indrelid = any(%s::regclass[])",
+            [[f"billing.{table}" for table in TABLES]],
+        )
 
 
 def files(world: World) -> list[Reading]:

@@ -23,6 +23,7 @@ from psycopg.conninfo import conninfo_to_dict
 from tests.bench import script
 from tests.bench.following import follow
 from tests.bench.readings import Goal, Reading, median, ratios, skipped
+from tests.bench.reference import copy_seconds
 from tests.bench.world import PATIENCE_SECONDS, POLL_SECONDS, World, execute, last_commit, value
 from tests.support.daemon import ROOT, clean_environment
 
@@ -210,12 +211,14 @@ def throughput(world: World) -> list[Reading]:
     """Lines per second of ours and of each peer, in turn."""
     count = world.amounts.lines
     ours: list[float] = []
+    raw: list[float] = []
     theirs: dict[str, list[float]] = {}
     stored: dict[str, str] = {}
     missing: dict[str, str] = {}
     for _ in range(world.amounts.rounds):
         with world.database() as dsn:
             ours.append(count / follow(world, dsn, {"audit.jsonl": world.log(count)}, count).seconds)
+            raw.append(count / copy_seconds(dsn, ["usage_facts"]))
         for peer in PEERS:
             try:
                 rate, commits = _stored(world, peer, count)
@@ -223,7 +226,10 @@ def throughput(world: World) -> list[Reading]:
                 stored[peer.key] = f"{peer.stores}; {count / commits:,.0f} lines per COMMIT"
             except Missing as why:
                 missing[peer.key] = str(why)
-    readings = [median("lines_per_s", "billing_tailer", "1/s", ours, note="facts, positions and proofs; 3 indexes")]
+    readings = [
+        median("lines_per_s", "billing_tailer", "1/s", ours, note="facts, positions and proofs; 3 indexes"),
+        median("copy_rows_per_s", "raw COPY of its rows", "1/s", raw, note="what nothing that writes them can exceed"),
+    ]
     for peer in PEERS:
         goal = None if peer.times is None else Goal(at_least=peer.times)
         times = f"billing_tailer against {peer.name}"
@@ -234,6 +240,9 @@ def throughput(world: World) -> list[Reading]:
         rates = theirs[peer.key]
         readings.append(median(f"{peer.key}_lines_per_s", peer.name, "1/s", rates, note=stored[peer.key]))
         readings.append(median(f"{peer.key}_times", times, "times", ratios(ours, rates), goal=goal))
+        if goal is not None:
+            limit = f"raw COPY against {peer.name}"
+            readings.append(median(f"{peer.key}_copy_times", limit, "times", ratios(raw, rates)))
     return readings
 
 

@@ -70,14 +70,19 @@ class Delays:
         ordered = sorted(self.milliseconds)
         return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
-    def readings(self, key: str, what: str, goals: tuple[Goal | None, Goal | None, Goal | None]) -> list[Reading]:
-        """Median, 99 %, longest; goals: of these three."""
-        note = f"{len(self.milliseconds)} of them"
-        return [
-            Reading(f"{key}_{name}_ms", f"{what}, {words}", value, "ms", note=note, goal=goal)
-            for name, words, value, goal in (
-                ("p50", "median", self.quantile(0.5), goals[0]),
-                ("p99", "99 %", self.quantile(0.99), goals[1]),
-                ("max", "longest", self.quantile(1.0), goals[2]),
-            )
-        ]
+
+def delay_readings(
+    rounds: Sequence[Delays], key: str, what: str, goals: tuple[Goal | None, Goal | None, Goal | None]
+) -> list[Reading]:
+    """Median, 99 %, longest, of each the median of the rounds; goals: of these three."""
+    note = f"{len(rounds[0].milliseconds)} of them"
+    return [
+        median(
+            f"{key}_{name}_ms", f"{what}, {words}", "ms", [one.quantile(share) for one in rounds], note=note, goal=goal
+        )
+        for name, words, share, goal in (
+            ("p50", "median", 0.5, goals[0]),
+            ("p99", "99 %", 0.99, goals[1]),
+            ("max", "longest", 1.0, goals[2]),
+        )
+    ]

@@ -13,7 +13,7 @@ from tests.bench import logs
 from tests.bench.client import Client, Poster, port_of
 from tests.bench.machine import fsyncs_per_second
 from tests.bench.processes import memory_mb
-from tests.bench.readings import Delays, Reading, median
+from tests.bench.readings import Delays, Reading, delay_readings, median
 from tests.bench.world import FACTS, RECEIPTS, World, daemon, value, wait_for_count, wait_until_ready
 from tests.support.callbacks import PATH
 from tests.support.daemon import Daemon
@@ -49,7 +49,9 @@ def callbacks(world: World) -> list[Reading]:
                     rate, delays = asyncio.run(_post(port, posters, world.amounts.posting_seconds))
                     rates.setdefault(posters, []).append(rate)
                     if len(rates[posters]) == world.amounts.rounds:
-                        readings += delays.readings(f"answer_{posters}", f"an answer, {posters} at once", NO_GOALS)
+                        readings += delay_readings(
+                            [delays], f"answer_{posters}", f"an answer, {posters} at once", NO_GOALS
+                        )
     return [
         median("fdatasyncs_per_s", "appends with an fdatasync each, nothing else", "1/s", disk),
         *(
@@ -98,7 +100,7 @@ def waiters(world: World) -> list[Reading]:
         what = f"{count} clients wait for {words}"
         readings += [
             Reading(f"{key}_memory_mb", f"{what}: memory", waiting, "MB", note=f"{before:.1f} MB before"),
-            *delays.readings(f"{key}_answered", f"{what}: settling to answer", NO_GOALS),
+            *delay_readings([delays], f"{key}_answered", f"{what}: settling to answer", NO_GOALS),
         ]
     return readings
 

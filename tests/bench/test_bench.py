@@ -25,7 +25,7 @@ GOALS = {
     "settling": {"settled_200_max_ms"},
     "memory": {"backlog_peak_mb", "outage_peak_mb", "long_line_peak_mb"},
     "idle": {"cpu_percent", "resident_mb"},
-    "growth-receipts": {"ratio_1000"},
+    "growth-receipts": {"ratio_1000", "roomy_ratio_1000"},
     "growth-files": set(),
     "start": {"more_s"},
     "callbacks": set(),

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +32,7 @@ class World:
         self.amounts = amounts
         self.directory = Path(tempfile.mkdtemp(prefix="billing-tailer-bench-"))
         self.directory.chmod(0o755)  # root runs Postgres as nobody
-        self._server = EmbeddedPostgres(self.directory / "postgres", None, ("-c", "track_commit_timestamp=on"))
+        self._server = self._server_with(())
         self._template = ""
         self._filled: dict[int, str] = {}
         self._logs: dict[tuple[int, int, bool], Path] = {}
@@ -48,6 +48,23 @@ class World:
     ) -> None:
         self._server.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _server_with(self, settings: Sequence[str]) -> EmbeddedPostgres:
+        options = [word for setting in ("track_commit_timestamp=on", *settings) for word in ("-c", setting)]
+        return EmbeddedPostgres(self.directory / "postgres", None, options)
+
+    @contextmanager
+    def restarted(self, settings: Sequence[str]) -> Iterator[None]:
+        """The same Postgres on the same data, with these settings for a while."""
+        self._server.stop()
+        usual, self._server = self._server, self._server_with(settings)
+        self._server.start()
+        try:
+            yield
+        finally:
+            self._server.stop()
+            self._server = usual
+            self._server.start()
 
     @property
     def admin_dsn(self) -> str:
