@@ -169,6 +169,7 @@ class Backfill:
                 self._parse,
                 lines_max=limits.batch_lines_max,
                 line_bytes_max=limits.line_bytes_max,
+                held_bytes_max=limits.batch_bytes_max,
             )
             if work is not None:
                 taken = work.step.end_offset - position.committed_offset

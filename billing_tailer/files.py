@@ -117,6 +117,8 @@ class LogFiles:
         self._handles: OrderedDict[tuple[int, int], _Handle] = OrderedDict()
         self._archives: dict[tuple[int, int], tuple[SeenFile, Archive]] = {}
         self._judged: dict[tuple[int, int, int], tuple[tuple[int, ...], bytes, Verdict]] = {}
+        self.trouble = ""
+        """Why the last file was UNREADABLE, in words."""
 
     # --- looking
 
@@ -383,9 +385,9 @@ class LogFiles:
             fd, bound = self._open(file), self._bound(file.path)
             size = min(os.fstat(fd).st_size, bound)
             start = position.committed_offset - position.frontier_bytes
-            # into two buffers: megabytes of data are not copied again
-            context = bytearray(max(0, min(position.frontier_bytes, bound - start)))
-            data = bytearray(max(0, min(bytes_max, bound - position.committed_offset)))
+            # into two buffers, so that megabytes of data are not copied again; of their size, since they begin as NULs
+            context = bytearray(max(0, min(position.frontier_bytes, size - start)))
+            data = bytearray(max(0, min(bytes_max, size - position.committed_offset)))
             got = os.preadv(fd, [context, data], start)
             del context[got:], data[max(0, got - position.frontier_bytes) :]
             if size < position.size_seen or hashlib.sha256(context).digest() != position.frontier_sha256:
@@ -393,7 +395,8 @@ class LogFiles:
             end = start + got
             if end < min(size, position.committed_offset + bytes_max) and b"\n" not in data:
                 os.pread(fd, 1, end)  # a read that meets a bad sector stops before it; only the next one says why
-        except OSError:
+        except OSError as error:
+            self.trouble = str(error.strerror)
             return Verdict.UNREADABLE
         return Chunk(bytes(context), data, max(size, end))
 
@@ -402,10 +405,12 @@ class LogFiles:
         try:
             archive = self._archive(file)
             if not archive.ready:
+                self.trouble = "it has not been read through"
                 return Verdict.UNREADABLE
             size = position.frontier_bytes + bytes_max
             buffer = archive.read(self._raw(file), start, size, skip_bytes_max=SKIP_BYTES_MAX)
-        except OSError:
+        except OSError as error:
+            self.trouble = str(error.strerror)
             return Verdict.UNREADABLE
         if buffer is None:
             return Verdict.BEHIND

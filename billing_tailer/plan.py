@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import attrgetter
+from sys import getsizeof
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from billing_tailer.model import (
@@ -47,6 +48,10 @@ RAW_BYTES_MAX_PER_FILE = 100 << 20
 
 PIECE_BYTES = 64 << 10
 """So much of a chunk is taken apart into lines at a time."""
+FACT_HELD_BYTES = 220
+LETTER_HELD_BYTES = 400
+RECORD_HELD_FACTOR = 2
+"""What comes of a line in memory, beside its row or raw bytes; of a record, as a multiple of its line. Measured."""
 
 Parse = Callable[[bytes], FactRow | SpendRecord | Skip | Rejected]
 """A line without its newline -> its outcome."""
@@ -121,24 +126,34 @@ class FileWork:
     row: OpenRow | None
     records: list[PlacedRecord] = field(default_factory=list)
     skips: list[PlacedSkip] = field(default_factory=list)
+    held_bytes: int = 0
+    """About what it takes in memory."""
 
 
 def take_lines(
-    position: Position, chunk: Bytes, row: OpenRow | None, parse: Parse, *, lines_max: int, line_bytes_max: int
+    position: Position,
+    chunk: Bytes,
+    row: OpenRow | None,
+    parse: Parse,
+    *,
+    lines_max: int,
+    line_bytes_max: int,
+    held_bytes_max: int,
 ) -> FileWork | None:
     """The whole lines at the beginning of a chunk, at most `lines_max`, and only up to one that begins with NUL bytes;
-    None where there is none."""
+    None where there is none. held_bytes_max: when what comes of them takes as much in memory, there is no further
+    one."""
     # one byte is found ten times as fast as two, and hardly any log has a NUL
     hole = chunk.data.find(b"\n\0") if b"\0" in chunk.data else -1
     cut = 0 if chunk.data.startswith(b"\0") else hole + 1 if hole >= 0 else chunk.data.rfind(b"\n") + 1
     if cut == 0:
         return None
-    lines = _Lines(position, parse, line_bytes_max)
+    lines = _Lines(position, parse, lines_max, line_bytes_max, held_bytes_max)
     start = 0
-    while start < cut and lines.taken < lines_max:
+    while start < cut and not lines.full:
         # few lines are in memory twice
         stop = chunk.data.rfind(b"\n", start, min(cut, start + PIECE_BYTES)) + 1 or chunk.data.index(b"\n", start) + 1
-        lines.take(bytes(memoryview(chunk.data)[start:stop]), lines_max)
+        lines.take(bytes(memoryview(chunk.data)[start:stop]))
         start = stop
     taken = memoryview(chunk.data)[: lines.end - position.committed_offset]
     grown = _grow(position, row, taken, lines.counts)
@@ -156,19 +171,23 @@ def take_lines(
         kept_bytes=lines.kept_bytes,
         counts=lines.counts,
     )
-    return FileWork(step, lines.facts, lines.letters, grown, lines.records, lines.skips)
+    return FileWork(step, lines.facts, lines.letters, grown, lines.records, lines.skips, lines.held_bytes)
 
 
 class _Lines:
     """What the lines behind a position are, in their order. end: where the last one ends, in the file."""
 
-    def __init__(self, position: Position, parse: Parse, line_bytes_max: int) -> None:
+    def __init__(
+        self, position: Position, parse: Parse, lines_max: int, line_bytes_max: int, held_bytes_max: int
+    ) -> None:
         self._file_id = position.file_id
         self._parse = parse
         self._common = parse.common if isinstance(parse, ParseMany) else None
+        self._lines_left = lines_max
         self._line_bytes_max = line_bytes_max
+        self._held_bytes_max = held_bytes_max
+        self.held_bytes = 0
         self.end = position.committed_offset
-        self.taken = 0
         self.kept_bytes = position.dead_letter_bytes
         self.counts: Counter[str] = Counter()
         self.facts: list[PlacedFact] = []
@@ -176,23 +195,29 @@ class _Lines:
         self.records: list[PlacedRecord] = []
         self.skips: list[PlacedSkip] = []
 
-    def take(self, piece: bytes, lines_max: int) -> None:
-        """The lines of a piece that ends with one, until there are so many in all."""
+    @property
+    def full(self) -> bool:
+        """No further line is to be taken."""
+        return self._lines_left <= 0 or self.held_bytes >= self._held_bytes_max
+
+    def take(self, piece: bytes) -> None:
+        """The lines of a piece that ends with one, until it is full."""
         offset, at = self.end, 0
         # a character is a byte then
         text = "" if self._common is None else piece.decode("latin-1")
-        while at < len(piece) and self.taken < lines_max:
+        while at < len(piece) and not self.full:
             if self._common is not None:
-                facts = self._common(text, at, lines_max - self.taken, self._line_bytes_max, self._file_id, offset)
+                facts = self._common(text, at, self._lines_left, self._line_bytes_max, self._file_id, offset)
                 if facts:
                     self.facts += facts
                     self.counts[Outcome.FACT] += len(facts)
-                    self.taken += len(facts)
+                    self.held_bytes += sum([getsizeof(fact.text) for fact in facts]) + FACT_HELD_BYTES * len(facts)
+                    self._lines_left -= len(facts)
                     at = facts[-1].end_offset - offset
                     continue
             end = piece.index(b"\n", at) + 1
             self._take_line(piece[at:end], offset + at)
-            self.taken += 1
+            self._lines_left -= 1
             at = end
         self.end = offset + at
 
@@ -202,6 +227,7 @@ class _Lines:
         if type(outcome) is FactRow:
             self.counts[Outcome.FACT] += 1
             self.facts.append(placed(outcome, self._file_id, start, start + len(line)))
+            self.held_bytes += getsizeof(self.facts[-1].text) + FACT_HELD_BYTES
         elif type(outcome) is Skip:
             self.counts[outcome.reason] += 1
             if outcome.call_id is not None:
@@ -209,10 +235,12 @@ class _Lines:
         elif type(outcome) is SpendRecord:
             self.counts[Outcome.SPEND_RECORD] += 1
             self.records.append(PlacedRecord(outcome, self._file_id, start))
+            self.held_bytes += RECORD_HELD_FACTOR * len(line)
         elif type(outcome) is Rejected:
             self.counts[Outcome.DEAD_LETTER] += 1
             self.letters.append(_dead_letter(self._file_id, start, line, outcome, self.kept_bytes))
             self.kept_bytes += len(self.letters[-1].raw)
+            self.held_bytes += len(self.letters[-1].raw) + LETTER_HELD_BYTES
 
 
 def take_rest(position: Position, context: bytes, rest: bytes, parse: Parse) -> FileWork:

@@ -16,7 +16,6 @@ from billing_tailer.plan import (
     LongLine,
     OpenRow,
     Parse,
-    ParseMany,
     build,
     take_hole,
     take_lines,
@@ -107,23 +106,22 @@ class Reader:
         rows = {**self._rows, **open_rows}
         waiting = self._waiting(places, followed)
         budget = self._limits.batch_bytes_max
-        bytes_left, lines_left = budget, self._limits.batch_lines_max
+        # half of it for what comes of the lines: that of the next batch is made while this one is being committed
+        bytes_left, lines_left, held_left = budget, self._limits.batch_lines_max, budget // 2
         batch = Batch([])
         for position, file in waiting:
-            if bytes_left <= 0 or lines_left <= 0:
+            if bytes_left <= 0 or lines_left <= 0 or held_left <= 0:
                 batch.full = True
                 break
             self._turn = position.file_id
-            parse = self._parser_of(position.path)
-            # of common lines, rows of a quarter of their size are left while the next batch is read; of others, all
-            whole = budget if isinstance(parse, ParseMany) else budget // 2
-            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, whole // len(waiting)))
-            work = self._work_on(position, file, rows.get(position.file_id), parse, share, lines_left, batch)
+            share = min(bytes_left, max(FILE_SHARE_BYTES_MIN, budget // len(waiting)))
+            work = self._work_on(position, file, rows.get(position.file_id), share, lines_left, held_left, batch)
             if work is not None:
                 batch.works.append(work)
                 batch.full = batch.full or work.step.end_offset < file.size
                 bytes_left -= work.step.end_offset - position.committed_offset
                 lines_left -= sum(work.step.counts.values())
+                held_left -= work.held_bytes
         return batch
 
     def _waiting(
@@ -160,9 +158,9 @@ class Reader:
         position: Position,
         file: SeenFile,
         row: OpenRow | None,
-        parse: Parse,
         share: int,
         lines_max: int,
+        held_max: int,
         batch: Batch,
     ) -> FileWork | None:
         if position.file_id in self._long_lines:
@@ -177,11 +175,14 @@ class Reader:
             if chunk is Verdict.BEHIND:
                 batch.streaming = True
             elif chunk is Verdict.UNREADABLE:
-                batch.unreadable += (f"{file.path}: cannot be read",)
+                batch.unreadable += (f"{file.path}: cannot be read: {self._files.trouble}",)
             else:
                 batch.surprised = True
             return None
-        work = take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=line_max)
+        parse = self._parser_of(position.path)
+        work = take_lines(
+            position, chunk, row, parse, lines_max=lines_max, line_bytes_max=line_max, held_bytes_max=held_max
+        )
         if work is None and len(chunk.data) > line_max:
             self._long_lines[position.file_id] = LongLine(position.committed_offset, tail=chunk.context)
             batch.streaming = True

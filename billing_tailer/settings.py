@@ -423,7 +423,7 @@ class Settings(BaseSettings):
         default=4_194_304,
         ge=65_536,
         le=67_108_864,
-        description="most bytes of log in one transaction, and in memory",
+        description="most bytes of log in one transaction; in memory, what comes of two of them takes no more",
     )
     line_bytes_max: int = Field(
         default=1_048_576,

@@ -246,7 +246,7 @@ class Tailer:
         self._adopt(plan, sound, committed)
         # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
-        self._spent = plan if self._ahead is not None else None
+        self._spent = plan if self._ahead is not None and self._ahead.works else None
         if isinstance(known, LedgerUnavailable):
             raise known
         if committed.unlisted:

@@ -263,13 +263,15 @@ def test_many_lines_agree(many: list[bytes], lines_max: int, line_bytes_max: int
     chunk = Chunk(content[:7], content[7:], len(content))
 
     def works(parse: plan.Parse) -> object:
-        work = plan.take_lines(place, chunk, None, parse, lines_max=lines_max, line_bytes_max=line_bytes_max)
+        work = plan.take_lines(
+            place, chunk, None, parse, lines_max=lines_max, line_bytes_max=line_bytes_max, held_bytes_max=1 << 30
+        )
         if work is None:
             return None
         texts = [fact.text.rsplit("\t", 3) for fact in work.facts]  # a number may be written in more than one way
         facts = [fact_of(FactRow("", values, 0)) for values, *_ in texts]
         places = [(fact._replace(text=""), numbers) for fact, (_, *numbers) in zip(work.facts, texts, strict=True)]
-        return facts, places, replace(work, row=None, facts=[])
+        return facts, places, replace(work, row=None, facts=[], held_bytes=0)
 
     fast = fastlane.AuditLines(LLM_PATH)
     with pytest.MonkeyPatch.context() as patch:
@@ -277,6 +279,29 @@ def test_many_lines_agree(many: list[bytes], lines_max: int, line_bytes_max: int
         expected = works(slow)
         for _ in range(2):  # before the shapes are known, and after
             assert works(fast) == expected
+
+
+def test_common_lines_count_as_memory() -> None:
+    """A row with an odd character takes four times as much as its text."""
+    held = []
+    for run_id in "run", "\N{GRINNING FACE}":
+        content = b"".join(compact({**FIELDS, "run_id": run_id}) + b"\n" for _ in range(300))
+        place = Position(3, "/x", 1, 1, 1, None, b"", 0, sha256(b"").digest(), 0, 0, FileState.LIVE)
+        work = plan.take_lines(
+            place,
+            Chunk(b"", content, len(content)),
+            None,
+            fastlane.AuditLines(LLM_PATH),
+            lines_max=1000,
+            line_bytes_max=1 << 16,
+            held_bytes_max=250_000,
+        )
+        assert work is not None
+        held.append((len(work.facts), work.held_bytes))
+    (plain, plain_held), (odd, odd_held) = held
+    assert plain == 300
+    assert plain_held < 250_000 <= odd_held < 250_000 + 150_000
+    assert odd < 300
 
 
 def test_common_lines_end_where_they_should() -> None:

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -623,7 +624,19 @@ def test_read_while_the_file_grows(logs: LogFiles, tmp_path: Path, monkeypatch: 
         return preadv(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", growing)
+    assert logs.read(position, file, 100) == Chunk(b"one\n", b"", 4)
     assert logs.read(position, file, 100) == Chunk(b"one\n", b"two\n", 8)
+
+
+def test_a_read_takes_no_more_memory_than_there_is_to_read(logs: LogFiles, tmp_path: Path) -> None:
+    """It is made for each new line: a buffer for a whole batch would take a millisecond to clear."""
+    position, file = followed(logs, tmp_path / "audit", b"one\ntwo\n", 4)
+    tracemalloc.start()
+    try:
+        assert logs.read(position, file, 64 << 20) == Chunk(b"one\n", b"two\n", 8)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_read_is_verified_on_its_own_descriptor(logs: LogFiles, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import gzip
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -337,14 +337,23 @@ def test_a_held_file_that_cannot_be_looked_at(
 
 def failing_at(monkeypatch: pytest.MonkeyPatch, bad: int) -> None:
     """A bad sector: the kernel returns what it read before it, and says why only to the next read."""
-    real = os.pread
+    real, real_vector = os.pread, os.preadv
 
-    def pread(fd: int, size: int, offset: int) -> bytes:
+    def readable(offset: int) -> int:
         if offset >= bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(fd, min(size, bad - offset), offset)
+        return bad - offset
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        return real(fd, min(size, readable(offset)), offset)
+
+    def preadv(fd: int, buffers: Sequence[bytearray], offset: int) -> int:
+        left = readable(offset)
+        first, second = (memoryview(buffer) for buffer in buffers)
+        return real_vector(fd, [first[:left], second[: max(0, left - len(first))]], offset)
 
     monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(os, "preadv", preadv)
 
 
 @pytest.mark.parametrize("line_bytes_max", [1 << 16, 1024])

@@ -197,7 +197,9 @@ def taken(content: bytes, parse: Parse, lines_max: int) -> list[FileWork]:
             work = plan.take_hole(position, before[-4096:], end, len(content))
         else:
             chunk = Chunk(before[-4096:], rest, len(content))
-            found = plan.take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=1 << 16)
+            found = plan.take_lines(
+                position, chunk, row, parse, lines_max=lines_max, line_bytes_max=1 << 16, held_bytes_max=1 << 30
+            )
             assert found is not None
             work, row = found, found.row
         works.append(work)

@@ -52,7 +52,9 @@ def start(ledger: Ledger, tmp_path: Path) -> Position:
 def work_of(position: Position, data: bytes, before: bytes = b"", row: OpenRow | None = None) -> FileWork:
     size = position.committed_offset + len(data)
     chunk = Chunk(before[-4096:], data, size)
-    work = plan.take_lines(position, chunk, row, parse, lines_max=100_000, line_bytes_max=1 << 20)
+    work = plan.take_lines(
+        position, chunk, row, parse, lines_max=100_000, line_bytes_max=1 << 20, held_bytes_max=1 << 30
+    )
     assert work is not None
     return work
 

@@ -29,6 +29,26 @@ from billing_tailer.model import (
 from billing_tailer.plan import FileWork, LongLine, OpenRow, build, refused, take_lines, take_long_line, without_refused
 
 
+@pytest.mark.parametrize("kind", [b"f", b"b", b"fb"])
+@pytest.mark.parametrize("held_bytes_max", [1, 3000, 100_000])
+def test_what_a_batch_has_in_memory_is_bounded(kind: bytes, held_bytes_max: int) -> None:
+    """However small the lines are that so much comes of: there is a line in each batch, and none is left out."""
+    content = b"".join(bytes([kind[number % len(kind)]]) + b"%d\n" % number for number in range(2000))
+    position, lines = position_in(content), 0
+    while position.committed_offset < len(content):
+        chunk = read(content, position, len(content))
+        work = take_lines(
+            position, chunk, None, parse, lines_max=10_000, line_bytes_max=64, held_bytes_max=held_bytes_max
+        )
+        assert work is not None
+        taken = sum(work.step.counts.values())
+        assert taken == 1 or work.held_bytes < held_bytes_max + 1000
+        assert work.held_bytes >= 200 * taken
+        lines += taken
+        position = work.step.after()
+    assert lines == 2000
+
+
 def batch_of(step: FileStep) -> BatchRow:
     assert step.batch is not None
     return step.batch
@@ -90,7 +110,8 @@ def take(
     content: bytes, position: Position | None = None, row: OpenRow | None = None, *, lines: int = 10_000, line: int = 64
 ) -> FileWork | None:
     place = position_in(content) if position is None else position
-    return take_lines(place, read(content, place, len(content)), row, parse, lines_max=lines, line_bytes_max=line)
+    chunk = read(content, place, len(content))
+    return take_lines(place, chunk, row, parse, lines_max=lines, line_bytes_max=line, held_bytes_max=1 << 30)
 
 
 def taken(content: bytes, position: Position | None = None, row: OpenRow | None = None, *, line: int = 64) -> FileWork:
@@ -166,7 +187,9 @@ class Follow:
 
     def _next(self, position: Position, row: OpenRow | None, bytes_max: int, lines_max: int) -> FileWork | None:
         chunk = read(self.content, position, bytes_max)
-        work = take_lines(position, chunk, row, parse, lines_max=lines_max, line_bytes_max=self.line_bytes_max)
+        work = take_lines(
+            position, chunk, row, parse, lines_max=lines_max, line_bytes_max=self.line_bytes_max, held_bytes_max=1 << 30
+        )
         if work is not None or len(chunk.data) <= self.line_bytes_max:
             return work
         line = LongLine(position.committed_offset, tail=chunk.context)
@@ -376,7 +399,7 @@ def follow_lines(content: bytes, sizes: Iterable[int]) -> list[FileWork]:
     position, row, works = position_in(content), None, []
     for size in sizes:
         chunk = read(content, position, size)
-        work = take_lines(position, chunk, row, parse, lines_max=10_000, line_bytes_max=1 << 20)
+        work = take_lines(position, chunk, row, parse, lines_max=10_000, line_bytes_max=1 << 20, held_bytes_max=1 << 30)
         assert work is not None
         works.append(work)
         position, row = work.step.after(), row_of(work)

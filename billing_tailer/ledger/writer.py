@@ -615,8 +615,8 @@ def copy_text(session: Connection, statement: str, texts: Iterable[str]) -> None
     """COPY rows that are text already. Postgres has the first ones before the last are looked at."""
     rest = iter(texts)
     with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
-        while rows := "\n".join(islice(rest, COPY_ROWS)):
-            copy.write(rows + "\n")
+        while rows := list(islice(rest, COPY_ROWS)):
+            copy.write("\n".join(rows) + "\n")
 
 
 def _texts(session: Connection) -> psycopg.Cursor[Any]:

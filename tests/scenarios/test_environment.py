@@ -174,8 +174,8 @@ def test_inotify_overflowing(dsn: str, tmp_path: Path) -> None:
 TROUBLES = [
     (errno.EMFILE, ("open", "scandir")),
     (errno.ENFILE, ("open", "scandir")),
-    (errno.EIO, ("open", "scandir", "fstat", "pread")),
-    (errno.ESTALE, ("open", "scandir", "fstat", "pread")),
+    (errno.EIO, ("open", "scandir", "fstat", "pread", "preadv")),
+    (errno.ESTALE, ("open", "scandir", "fstat", "pread", "preadv")),
     (errno.ENOSPC, ("open", "scandir")),
     (errno.EACCES, ("open", "scandir")),
 ]

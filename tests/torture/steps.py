@@ -16,6 +16,7 @@ import psycopg
 FILE_CALLS: Final = (
     "open",
     "pread",
+    "preadv",
     "fstat",
     "stat",
     "lstat",
