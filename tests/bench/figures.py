@@ -25,10 +25,11 @@ FIGURES: Final[Mapping[str, Figure]] = {
     "settling": Figure("Single calls", latency.settling),
     "memory": Figure("Memory", resources.memory),
     "idle": Figure("Nothing to do", resources.idle),
+    # before more receipts come to those of the page
+    "page": Figure("The activity page", serving.page),
     "growth-receipts": Figure("Receipts in the database", growth.receipts),
     "growth-files": Figure("Files in the volume", growth.files),
     "start": Figure("Start on a long log", growth.starts),
     "callbacks": Figure("Callbacks accepted", serving.callbacks),
     "waiters": Figure("Clients that wait for runs", serving.waiters),
-    "page": Figure("The activity page", serving.page),
 }
