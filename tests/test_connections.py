@@ -85,7 +85,9 @@ def many_descriptors() -> Iterator[None]:
     """Both ends of all connections are in this process."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     if before[1] < 8192:
-        pytest.skip(f"only {before[1]} descriptors")
+        pytest.skip(
+            f"a process may have {before[1]} descriptors here, and both ends of thousands of connections need 8192"
+        )
     resource.setrlimit(resource.RLIMIT_NOFILE, (8192, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -29,7 +29,7 @@ from billing_tailer.errors import ConfigError, NotOwner, TailerError
 from tests.support.daemon import ROOT, clean_environment
 
 IS_ROOT: Final = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not IS_ROOT, reason="changes users")
+needs_root = pytest.mark.skipif(not IS_ROOT, reason="only root may start Postgres as another user")
 
 # An owner that can be killed: it starts a server, says so, and waits.
 OWNER_PROGRAM: Final = """

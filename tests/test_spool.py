@@ -205,7 +205,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip("needs the right to mount")
+        pytest.skip("the disk that gets full is a tmpfs, and this user may not mount one")
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
 

@@ -66,7 +66,7 @@ class Podman:
 
     def __init__(self) -> None:
         if os.geteuid() != 0:
-            pytest.skip("containers are tested as root only")
+            pytest.skip("only root may build and run containers here without a user namespace set up for it")
         self._program = program("podman")
         program("runc")
         CACHE.mkdir(mode=0o700, exist_ok=True)
