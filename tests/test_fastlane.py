@@ -245,6 +245,12 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parser.is_fast(like)
 
 
+def behind(before: bytes) -> Position:
+    """The position in a file of which so much is committed."""
+    size = len(before)
+    return Position(3, "/x", 1, 1, 1, None, before, size, sha256(before).digest(), size, size, FileState.LIVE)
+
+
 def slow(text: bytes) -> FactRow | Skip | Rejected:
     outcome = audit.parse(text, LLM_PATH)
     return row_of(outcome) if isinstance(outcome, UsageFact) else outcome
@@ -259,7 +265,7 @@ def slow(text: bytes) -> FactRow | Skip | Rejected:
 def test_many_lines_agree(many: list[bytes], lines_max: int, line_bytes_max: int, piece_bytes: int) -> None:
     """Taken as `plan` takes them: the same rows with the same places, the same counts, the same hash."""
     content = b"before\n" + b"".join(text + b"\n" for text in many)
-    place = Position(3, "/x", 1, 1, 1, None, b"before\n", 7, sha256(b"before\n").digest(), 7, 7, FileState.LIVE)
+    place = behind(b"before\n")
     chunk = Chunk(content[:7], content[7:], len(content))
 
     def works(parse: plan.Parse) -> object:
@@ -286,9 +292,8 @@ def test_common_lines_count_as_memory() -> None:
     held = []
     for run_id in "run", "\N{GRINNING FACE}":
         content = b"".join(compact({**FIELDS, "run_id": run_id}) + b"\n" for _ in range(300))
-        place = Position(3, "/x", 1, 1, 1, None, b"", 0, sha256(b"").digest(), 0, 0, FileState.LIVE)
         work = plan.take_lines(
-            place,
+            behind(b""),
             Chunk(b"", content, len(content)),
             None,
             fastlane.AuditLines(LLM_PATH),

@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -23,6 +23,7 @@ from tests.support.daemon import Daemon
 RECEIPTS_GOAL: Final = Goal(at_least=0.7)
 START_GOAL: Final = Goal(at_most=0.5)
 ROUND_SEEDS: Final = 100
+"""The first seed of ours, and more than a call of `_beside` needs."""
 BLOCK_BYTES: Final = 64 << 20
 
 
@@ -58,13 +59,17 @@ def _beside(world: World, receipts: Sequence[int], seed: int) -> tuple[Rates, Ra
         for there in receipts:
             seed += 1  # calls that grow a filled database must be new ones
             log, spool = world.log(count, seed), world.spool(count, seed)
-            with world.database() if there == 0 else nullcontext(world.filled(there)) as dsn:
+            with _database(world, there) as dsn:
                 ours[there].append(count / follow(world, dsn, {"audit.jsonl": log}, count, spool=spool).seconds)
                 rows = rows if there else rows_of(dsn, list(KEYS))
-            with world.database() if there == 0 else nullcontext(world.filled(there)) as dsn:
+            with _database(world, there) as dsn:
                 raw[there].append(count / append_seconds(dsn, rows))
             world.forget(count, seed)
     return ours, raw
+
+
+def _database(world: World, receipts: int) -> AbstractContextManager[str]:
+    return nullcontext(world.filled(receipts)) if receipts else world.database()
 
 
 def _grown(key: str, ratio_key: str, what: str, rates: Rates, goal: Goal | None) -> list[Reading]:
