@@ -333,6 +333,8 @@ class Plan:
     @property
     def calls(self) -> frozenset[str]:
         """The call ids of facts and records."""
+        if not self.records:
+            return self.fact_calls
         return self.fact_calls.union([placed.record.call_id for placed in self.records])
 
     @property

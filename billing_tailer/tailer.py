@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import datetime
 
@@ -68,7 +68,7 @@ class Tailer:
         self._settler = settler
         self._tidy = tidy
         self._next_tidy = 0.0
-        self._committer = ThreadPoolExecutor(1, "commit")
+        self._read_ahead = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: Batch | None = None
         self._spent: Plan | None = None
         self._failures = 0
@@ -87,7 +87,7 @@ class Tailer:
                 if not self._turn():
                     self._wake.wait(min(self._poll_interval_seconds, CHECK_SECONDS))
         finally:
-            self._committer.shutdown()
+            self._read_ahead.shutdown()
 
     def _turn(self) -> bool:
         """One turn of the loop, with what the world does to it; True if there may be more to do at once."""
@@ -224,26 +224,28 @@ class Tailer:
         if not sound:
             return
         plan = batch.plan() if len(sound) == len(batch.works) else build(sound)
-        sending = self._committer.submit(self._send, plan)
-        # freeing it takes as long as a few statements: not while Postgres waits
-        self._spent = None
-        ahead = None
+        reading: list[Future[Batch]] = []
+
+        def meanwhile() -> None:
+            if batch.full and not reading:
+                reading.append(self._read_ahead.submit(self._gather_after, sound))
+
         try:
-            if batch.full:
-                follower = self._follower
-                ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=sound)
-                ahead.plan()
-        finally:
-            wait([sending])
-        try:
-            committed, known = sending.result()
+            committed = self._ledger.commit(plan, meanwhile)
+            known = self._decidable(plan)
         except RowRejected as error:
-            sifted, ahead = self._without_refused(plan, error), None
+            wait(reading)
+            reading.clear()
+            sifted = self._without_refused(plan, error)
             if sifted is None:
                 self._follower.scan_soon()
                 return
-            plan, (committed, known) = sifted, self._send(sifted)
+            plan, committed = sifted, self._ledger.commit(sifted)
+            known = self._decidable(plan)
+        finally:
+            wait(reading)
         self._adopt(plan, sound, committed)
+        ahead = reading[0].result() if reading else None
         # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
         self._spent = plan if self._ahead is not None and self._ahead.works else None
@@ -253,13 +255,21 @@ class Tailer:
             self._settler.note_unlisted()
         self._settler.after_commit(known)
 
-    def _send(self, plan: Plan) -> tuple[Committed, list[str] | LedgerUnavailable]:
-        """Commit, and ask which of the calls can be decided now. That question failing undoes no commit."""
-        committed = self._ledger.commit(plan)
+    def _gather_after(self, works: list[FileWork]) -> Batch:
+        """What follows work that is being committed."""
+        # freeing it takes as long as a few statements: not while Postgres waits
+        self._spent = None
+        follower = self._follower
+        ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=works)
+        ahead.plan()
+        return ahead
+
+    def _decidable(self, plan: Plan) -> list[str] | LedgerUnavailable:
+        """Which of the calls can be decided now. That question failing undoes no commit."""
         try:
-            return committed, self._settler.decidable(plan.calls)
+            return self._settler.decidable(plan.calls)
         except LedgerUnavailable as error:
-            return committed, error
+            return error
 
     def _still_sound(self, work: FileWork) -> bool:
         position = work.step.position

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -71,6 +71,34 @@ def test_a_plan_is_one_transaction(ledger: Ledger, start: Position, dsn: str, nu
     assert replace(ledger.positions()[0], last_commit_at=None) == replace(committed.positions[0], last_commit_at=None)
     assert count(dsn, "usage_facts") == number
     assert_sound(dsn, {start.file_id: data})
+
+
+@pytest.mark.parametrize("again", [b"", line(0)], ids=["direct", "staged"])
+def test_rows_are_on_their_way_before_anything_else_is_done(
+    ledger: Ledger, start: Position, dsn: str, again: bytes
+) -> None:
+    """The caller's own work, which would take its turn from the first statements."""
+    states = []
+    ledger.commit(plan_of(start, lines(0, 1200) + again), lambda: states.append(_last_statement(dsn)))
+    assert len(states) == 3
+    assert all(state.startswith("copy ") for state in states)
+
+
+@pytest.mark.parametrize("number", [1, PIPELINE_FACTS_MAX])
+def test_few_rows_leave_time_from_the_beginning(ledger: Ledger, start: Position, dsn: str, number: int) -> None:
+    counts = []
+    ledger.commit(plan_of(start, lines(0, number)), lambda: counts.append(count(dsn, "usage_facts")))
+    assert counts == [0]
+
+
+def _last_statement(dsn: str) -> str:
+    with psycopg.connect(dsn) as connection:
+        row = connection.execute(
+            "select query from pg_stat_activity where application_name = 'billing_tailer default' "
+            "and datname = current_database()"
+        ).fetchone()
+    assert row is not None
+    return str(row[0])
 
 
 @pytest.mark.parametrize("number", [1, 500])
@@ -282,7 +310,7 @@ def test_a_deadlock_is_taken_through_staging(dsn: str, tmp_path: Path, monkeypat
         other.execute(row.encode(), ("a",))
         other.close()
 
-    def waiting_for_each_other(self: Ledger, plan: Plan) -> tuple[FileStep, ...]:
+    def waiting_for_each_other(self: Ledger, _plan: Plan, _meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
         """The other session has the last call and waits for the first."""
         tries.append(1)
         other = psycopg.connect(dsn, autocommit=False)

@@ -3,12 +3,17 @@
 import hashlib
 import os
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 
-from billing_tailer.ledger import Ledger
+from billing_tailer.ledger import Committed, Ledger
+from billing_tailer.model import Plan
+from billing_tailer.reader import Batch, Reader
 from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
@@ -340,6 +345,52 @@ def test_refused_by_postgres_costs_one_dead_letter(dsn: str, volume: Path) -> No
     assert outcomes(dsn) == {"fact": 120, "dead_letter": 1}
     (letter,) = rows(dsn, "select reason, raw from dead_letters")
     assert letter == {"reason": "refused_by_postgres", "raw": poison}
+    assert_sound(dsn, {1: content})
+
+
+def test_refused_by_postgres_with_more_to_come(dsn: str, volume: Path) -> None:
+    """The batch that was read ahead follows a place that has other counts now: it is read again."""
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("alter table billing.usage_facts add check (run_id <> 'poison')")
+    content = lines(0, 60) + line(60, run_id="poison") + lines(61, 140)
+    (volume / "audit.jsonl").write_bytes(content)
+    with following(dsn, volume, batch_lines_max=70):
+        pass
+    assert outcomes(dsn) == {"fact": 200, "dead_letter": 1}
+    assert_sound(dsn, {1: content})
+
+
+@pytest.mark.parametrize("batch_lines_max", [30, 70])
+def test_the_next_batch_is_read_while_one_is_committed(
+    dsn: str, volume: Path, monkeypatch: pytest.MonkeyPatch, batch_lines_max: int
+) -> None:
+    """Few lines and many go to Postgres by different ways."""
+    ahead: list[int] = []
+    commit, gather = Ledger.commit, Reader.gather
+    read = threading.Semaphore(0)
+
+    def gather_and_tell(self: Reader, *args: Any, **named: Any) -> Batch:
+        batch = gather(self, *args, **named)
+        if named.get("after"):
+            ahead.append(batch.plan().lines)
+            read.release()
+        return batch
+
+    def commit_slowly(self: Ledger, plan: Plan, meanwhile: Callable[[], None]) -> Committed:
+        def and_wait() -> None:
+            meanwhile()
+            assert plan.lines < batch_lines_max or read.acquire(timeout=10), "nothing is read meanwhile"
+
+        return commit(self, plan, and_wait)
+
+    content = lines(0, 2 * batch_lines_max + 20)
+    monkeypatch.setattr(Reader, "gather", gather_and_tell)
+    monkeypatch.setattr(Ledger, "commit", commit_slowly)
+    (volume / "audit.jsonl").write_bytes(content)
+    with following(dsn, volume, batch_lines_max=batch_lines_max):
+        pass
+    assert ahead == [batch_lines_max, 20]
+    assert outcomes(dsn) == {"fact": 2 * batch_lines_max + 20}
     assert_sound(dsn, {1: content})
 
 

@@ -73,6 +73,9 @@ GAPS_COUNTED_MAX = 10_000
 DEADLOCK_ATTEMPTS = 5
 COPY_ROWS = 500
 """So many rows are handed to COPY at a time: a quarter of a megabyte."""
+SEND_BYTES = 2 << 20
+"""The rows of a whole batch find room in the kernel, as far as `net.core.wmem_max` allows it: the thread that hands
+them over then seldom waits for its turn beside the one that reads ahead."""
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
 SKIPPED_CALLS_MAX = 200_000
@@ -192,6 +195,9 @@ class Ledger:
         try:
             connection = connect(self._dsn, self._schema, application_name=f"billing_tailer {self.source_id}")
             self._connection = connection
+            with contextlib.suppress(OSError), _socket_of(connection) as twin:
+                if twin.family == socket.AF_UNIX:  # of other kinds the kernel finds the size itself
+                    twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             with wrapped():
                 if self._backend is not None:
                     # a COMMIT of ours may still be under way there: only its end makes the position readable
@@ -272,7 +278,7 @@ class Ledger:
         """Cut the connection from another thread: a hanging statement fails and its transaction is rolled back."""
         connection = self._connection
         if connection is not None:
-            with contextlib.suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as twin:
+            with contextlib.suppress(psycopg.Error, OSError), _socket_of(connection) as twin:
                 twin.shutdown(socket.SHUT_RDWR)
 
     def may_change_money(self) -> bool:
@@ -375,34 +381,41 @@ class Ledger:
 
     # --- plans
 
-    def commit(self, plan: Plan) -> Committed:
-        """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written."""
+    def commit(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Committed:
+        """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written.
+
+        meanwhile: called, maybe more than once, when Postgres has work of its own for a while.
+        """
         started = time.monotonic()
-        steps = self._commit_once(plan, staged=plan.overlapping, attempts=DEADLOCK_ATTEMPTS)
+        if plan.records or len(plan.facts) <= PIPELINE_FACTS_MAX:
+            meanwhile()
+        steps = self._commit_once(plan, meanwhile, staged=plan.overlapping, attempts=DEADLOCK_ATTEMPTS)
         self._last_proof = time.monotonic()
         seconds = self._last_proof - started
         return Committed(steps, tuple(step.after() for step in steps), seconds, len(plan.facts) > PIPELINE_FACTS_MAX)
 
-    def _commit_once(self, plan: Plan, *, staged: bool, attempts: int) -> tuple[FileStep, ...]:
+    def _commit_once(
+        self, plan: Plan, meanwhile: Callable[[], None], *, staged: bool, attempts: int
+    ) -> tuple[FileStep, ...]:
         """Direct first; through staging where calls are known, or where another session (a backfill of the same calls)
         and we waited for each other, which staging, in the order of call ids, does not do with its like."""
         try:
-            return self._commit_staged(plan) if staged else self._commit_new(plan)
+            return self._commit_staged(plan, meanwhile) if staged else self._commit_new(plan, meanwhile)
         except Overlap:
             if staged:
                 raise
         except LedgerUnavailable as error:
             if reason_of(error) != "deadlock_detected" or not attempts:
                 raise
-        return self._commit_once(plan, staged=True, attempts=attempts - 1)
+        return self._commit_once(plan, meanwhile, staged=True, attempts=attempts - 1)
 
-    def _commit_new(self, plan: Plan) -> tuple[FileStep, ...]:
+    def _commit_new(self, plan: Plan, meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
         """The common case: no call is known yet. A unique violation rolls everything back."""
         session = self._session
         if len(plan.facts) > PIPELINE_FACTS_MAX:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
-                copy_text(session, _COPY_FACTS, (fact.text for fact in plan.facts))
+                copy_text(session, _COPY_FACTS, (fact.text for fact in plan.facts), meanwhile)
                 with session.pipeline() as pipeline:
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
                     self._write_positions(plan, steps, pipeline)
@@ -419,13 +432,14 @@ class Ledger:
                 self._write_positions(plan, steps, pipeline)
         return steps
 
-    def _commit_staged(self, plan: Plan) -> tuple[FileStep, ...]:
+    def _commit_staged(self, plan: Plan, meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
         """Calls that may be known: stage all, insert what is new, and sort the others into replays and conflicts."""
         session = self._session
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
             session.execute(query("create_staging"))
-            copy_text(session, _COPY_STAGED, (f"{fact.text}\t{number}" for number, fact in enumerate(plan.facts)))
+            texts = (f"{fact.text}\t{number}" for number, fact in enumerate(plan.facts))
+            copy_text(session, _COPY_STAGED, texts, meanwhile)
             first: dict[str, int] = {}
             for number, fact in enumerate(plan.facts):
                 first.setdefault(fact.call_id, number)
@@ -611,12 +625,21 @@ class Ledger:
         return refused
 
 
-def copy_text(session: Connection, statement: str, texts: Iterable[str]) -> None:
-    """COPY rows that are text already. Postgres has the first ones before the last are looked at."""
+def _socket_of(connection: Connection) -> socket.socket:
+    """A second descriptor of a connection's socket, to be closed."""
+    return socket.socket(fileno=os.dup(connection.fileno()))
+
+
+def copy_text(
+    session: Connection, statement: str, texts: Iterable[str], meanwhile: Callable[[], None] = lambda: None
+) -> None:
+    """COPY rows that are text already. Postgres has the first ones before the last are looked at; meanwhile: called
+    from then on."""
     rest = iter(texts)
     with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
         while rows := list(islice(rest, COPY_ROWS)):
             copy.write("\n".join(rows) + "\n")
+            meanwhile()
 
 
 def _texts(session: Connection) -> psycopg.Cursor[Any]:

@@ -67,7 +67,7 @@ class Files(RuleBasedStateMachine):
             self._wait_for_its_end()
             with following(self.dsn, self._volume) as rig:
                 rig.turn()
-                rig.tailer._committer.shutdown()
+                rig.tailer._read_ahead.shutdown()
                 self.world.read_through(rig.follower.positions.values())
                 type(self).judgement = judgement = self.world.judge(self.dsn, rig.health.reasons())
             for word in judgement.words:
@@ -198,7 +198,7 @@ class Files(RuleBasedStateMachine):
         """Its connection ends, whatever it was doing; nothing is written any more."""
         rig, self._rig = self._rig, None
         if rig is not None:
-            rig.tailer._committer.shutdown()
+            rig.tailer._read_ahead.shutdown()
         self._stack.close()
 
     def _wait_for_its_end(self) -> None:
