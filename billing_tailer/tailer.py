@@ -32,6 +32,8 @@ CHECK_SECONDS = 2.0
 """How often the loop asks Postgres what operators did, and at least shows that it is alive."""
 FAILURE_WAIT_SECONDS_MAX = 1.0
 SHOW_SECONDS = 1.0
+WATCH_SECONDS = 1.0
+"""How often directories that are new, or made anew, are given to inotify. Until then polls find what is in them."""
 TIDY_SECONDS = 60.0
 
 
@@ -73,6 +75,7 @@ class Tailer:
         self._spent: Plan | None = None
         self._failures = 0
         self._next_show = 0.0
+        self._next_watch = 0.0
         self._next_check = 0.0
         self._last_reset: tuple[int, datetime | None] = (0, None)
         self._waits_for: tuple[LedgerState, str] | None = None
@@ -159,7 +162,9 @@ class Tailer:
                 self._look_what_operators_did()
             finally:  # however long it took, and even if it failed: the log comes first
                 self._next_check = time.monotonic() + CHECK_SECONDS
-        self._wake.watch(self._files.directories())
+        if time.monotonic() >= self._next_watch:
+            self._next_watch = time.monotonic() + WATCH_SECONDS
+            self._wake.watch(self._files.directories())
         self._follower.scan_if_due()
         # a file is first read in the round after the one that registered it: a reset comes before that
         if self._reset.due(self._follower.positions.values()):

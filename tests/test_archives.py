@@ -246,11 +246,11 @@ def test_killed_in_the_middle_of_an_archive(dsn: str, tmp_path: Path, monkeypatc
     real = Ledger.commit
     commits: list[int] = []
 
-    def commit(self: Ledger, plan: Any) -> Any:
+    def commit(self: Ledger, *args: Any) -> Any:
         commits.append(1)
         if len(commits) == 4:
             raise KeyboardInterrupt
-        return real(self, plan)
+        return real(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "commit", commit)

@@ -78,11 +78,11 @@ def test_killed_at_any_moment(verb: Verb, dsn: str, log: Path, monkeypatch: pyte
     old = archived(log, content)
     commit, calls = Ledger.commit, [0]
 
-    def dying(self: Ledger, plan: Any) -> Any:
+    def dying(self: Ledger, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] % 3 == 1:
             raise LedgerUnavailable("cut before")
-        committed = commit(self, plan)
+        committed = commit(self, *args)
         if calls[0] % 3 == 2:
             raise LedgerUnavailable("cut after")
         return committed

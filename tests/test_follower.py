@@ -466,9 +466,9 @@ def test_connecting_works_and_writing_does_not(
             waits.append(seconds or 0)
             return real_wait(0)
 
-        def commit(self: Ledger, plan: Any) -> Any:
+        def commit(self: Ledger, *args: Any) -> Any:
             if len(waits) >= 8:
-                return real_commit(self, plan)
+                return real_commit(self, *args)
             raise LedgerUnavailable("cannot execute INSERT in a read-only transaction")
 
         monkeypatch.setattr(rig.tailer._stop, "wait", wait)

@@ -42,9 +42,9 @@ def counted_at_commits(monkeypatch: pytest.MonkeyPatch, dsn: str, table: str) ->
     seen: list[int] = []
     commit = Ledger.commit
 
-    def note(self: Ledger, plan: Any) -> Any:
+    def note(self: Ledger, *args: Any) -> Any:
         seen.append(count(dsn, table))
-        return commit(self, plan)
+        return commit(self, *args)
 
     monkeypatch.setattr(Ledger, "commit", note)
     return seen

@@ -1,5 +1,6 @@
 """Where everything is measured: one Postgres with fsync on, databases, directories, daemons."""
 
+import os
 import shutil
 import tempfile
 import time
@@ -81,7 +82,7 @@ class World:
     def database(self) -> Iterator[str]:
         """A fresh one with the schema, dropped at the end; what earlier ones left to write is on disk."""
         with database.temporary(self.admin_dsn, self._template) as dsn:
-            execute(self.admin_dsn, "checkpoint")
+            self._write_out(self.admin_dsn)
             yield dsn
 
     def filled(self, receipts: int) -> str:
@@ -92,8 +93,14 @@ class World:
             self._filled[receipts] = dsn
         dsn = self._filled[receipts]
         execute(dsn, "truncate billing.tail_files cascade")  # the volumes of those who were here before are gone
-        execute(dsn, "checkpoint")
+        self._write_out(dsn)
         return dsn
+
+    @staticmethod
+    def _write_out(dsn: str) -> None:
+        """Databases that were dropped and logs that were written keep the disk busy for long, and an fsync waits."""
+        execute(dsn, "checkpoint")
+        os.sync()
 
     @contextmanager
     def volume(self) -> Iterator[Path]:

@@ -155,12 +155,12 @@ def test_truncated_during_a_commit_in_flight(
     seen."""
     real, calls = Ledger.commit, threading.Event()
 
-    def commit(self: Ledger, plan: Plan) -> Committed:
+    def commit(self: Ledger, plan: Plan, meanwhile: Callable[[], None]) -> Committed:
         strikes = count(dsn, "usage_facts") >= 5 and not calls.is_set()
         if strikes and moment == "before COMMIT":
             calls.set()
             truncated(log, after)
-        committed = real(self, plan)
+        committed = real(self, plan, meanwhile)
         if strikes and moment == "after COMMIT":
             calls.set()
             truncated(log, after)
