@@ -22,7 +22,8 @@ import psycopg
 from tests.bench import logs
 from tests.bench.client import Poster, port_of
 from tests.bench.peers import RSYSLOG_PEER, Missing, running, wait_for_rows
-from tests.bench.readings import Delays, Goal, Reading, delay_readings, skipped
+from tests.bench.readings import Delays, Goal, Reading, delay_readings, median, skipped
+from tests.bench.stops import Stops
 from tests.bench.world import FACTS, RECEIPTS, World, daemon, wait_for_count, wait_until_ready
 from tests.support.daemon import Daemon
 
@@ -139,8 +140,9 @@ def _rsyslog(world: World) -> list[Reading]:
 
 def settling(world: World) -> list[Reading]:
     """From a call's second half, the line or its callback by turns, to the COMMIT of its receipt; one daemon, one rate
-    after the other."""
+    after the other. At the rate of the goals it is watched whether the machine stands still meanwhile."""
     began: dict[int, list[dict[str, float]]] = {}
+    watched: list[Stops] = []
     with world.database() as dsn, world.volume() as volume:
         log = volume / "audit.jsonl"
         log.touch()
@@ -155,16 +157,44 @@ def settling(world: World) -> list[Reading]:
                     _first_halves(log, port, calls)
                     wait_for_count(running_, dsn, FACTS, total + len(calls[1::2]))
                     wait_for_count(running_, dsn, RECORDS, total + len(calls[::2]))
-                    began[rate].append(_second_halves(log, port, calls, rate, seconds))
                     total += len(calls)
-                    wait_for_count(running_, dsn, RECEIPTS, total)
+                    with Stops() as stops:
+                        began[rate].append(_second_halves(log, port, calls, rate, seconds))
+                        wait_for_count(running_, dsn, RECEIPTS, total)
+                    if rate == RATE_OF_GOALS:
+                        watched.append(stops)
             settled = _settled(running_, dsn)
     readings = []
     for rate, rounds in began.items():
         delays = [Delays([1000 * (settled[call_id] - moment) for call_id, moment in one.items()]) for one in rounds]
         goals = SETTLED_GOALS if rate == RATE_OF_GOALS else NO_GOALS
         readings += delay_readings(delays, f"settled_{rate}", f"second half to receipt, {rate:,}/s", goals)
+        if rate == RATE_OF_GOALS:
+            readings += _without_stops(rounds, settled, watched)
     return readings
+
+
+def _without_stops(
+    rounds: Sequence[Mapping[str, float]], settled: Mapping[str, float], watched: Sequence[Stops]
+) -> list[Reading]:
+    """The longest once more, less the time in which nothing could run."""
+    keys = ("machine_stops_max_ms", "the machine itself stands still meanwhile, longest", "ms")
+    less_keys = (
+        f"settled_{RATE_OF_GOALS}_less_stops_max_ms",
+        f"second half to receipt, {RATE_OF_GOALS}/s, less the machine's own stops, longest",
+        "ms",
+    )
+    missing = next((stops.missing for stops in watched if stops.missing), None)
+    if missing is not None:
+        return [skipped(*keys, missing), skipped(*less_keys, missing)]
+    less = [
+        max(settled[call] - moment - stops.within(moment, settled[call]) for call, moment in one.items())
+        for one, stops in zip(rounds, watched, strict=True)
+    ]
+    return [
+        median(*keys, [1000 * stops.longest() for stops in watched], note="seen by a process of real-time priority"),
+        median(*less_keys, [1000 * seconds for seconds in less]),
+    ]
 
 
 def _settled(running_: Daemon, dsn: str) -> dict[str, float]:

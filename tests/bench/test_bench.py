@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.bench.__main__ import main
 from tests.bench.figures import FIGURES
 from tests.bench.peers import PEERS
 from tests.bench.readings import Goal, Reading, median
+from tests.bench.stops import Stops, watch
 from tests.bench.table import cells, number
 
 GOALS = {
@@ -55,6 +57,28 @@ def test_everything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (peers["fluent_bit_lines_per_s"]["value"] is None) == (shutil.which("fluent-bit") is None)
     assert peers["script_lines_per_s"]["value"] > 0
     assert {f"{peer.key}_times" for peer in PEERS} < peers.keys()
+
+
+def test_stops_of_the_machine_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three naps the second lasts until the machine goes on."""
+    clock = iter([10.0, 10.002, 11.0, 11.052, 12.0, 12.003])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    stops = Stops(list(watch([False, False, False, True])))
+    (span,) = stops.spans
+    assert span == pytest.approx((11.002, 11.052))
+    assert stops.longest() == pytest.approx(0.05)
+    assert stops.within(11.03, 20) == pytest.approx(0.022)
+    assert stops.within(11.01, 11.02) == pytest.approx(0.01)
+    assert stops.within(0, 11) == stops.within(12, 13) == 0
+
+
+def test_a_bystander_ends_with_what_it_watches() -> None:
+    with Stops() as stops:
+        process = stops._process
+    assert process is not None
+    assert process.returncode == 0
+    assert all(start < end for start, end in stops.spans)
 
 
 def test_every_figure_has_its_place_in_the_document() -> None:
