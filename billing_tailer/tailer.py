@@ -107,7 +107,7 @@ class Tailer:
         except LedgerUnavailable as error:
             self._events.commit_failed(reason_of(error), error.message)
             self._ledger.lost(error)
-            self._ahead = None
+            self._ahead = self._spent = None
             # connecting may work where writing does not: a replica, a full disk
             self._stop.wait(min(FAILURE_WAIT_SECONDS_MAX, 0.05 * 2**self._failures))
             self._failures = min(self._failures + 1, 10)
@@ -230,6 +230,8 @@ class Tailer:
             return
         plan = batch.plan() if len(sound) == len(batch.works) else build(sound)
         reading: list[Future[Batch]] = []
+        if not batch.full:
+            self._spent = None
 
         def meanwhile() -> None:
             if batch.full and not reading:
@@ -262,7 +264,7 @@ class Tailer:
 
     def _gather_after(self, works: list[FileWork]) -> Batch:
         """What follows work that is being committed."""
-        # freeing it takes as long as a few statements: not while Postgres waits
+        # freeing it takes as long as a few statements: beside COPY it costs nothing
         self._spent = None
         follower = self._follower
         ahead = self._reader.gather(follower.positions, follower.followed, follower.finished, after=works)

@@ -1,5 +1,6 @@
 """The writing session: one transaction per plan, compare-and-set, overlap, the lock, the border for errors."""
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved,
 from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
 from billing_tailer.ledger.connection import connect, text_array, wrapped
-from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX
-from billing_tailer.model import FileStep, Plan, Position, SpendRecord
+from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX, SEND_BYTES, _socket_of
+from billing_tailer.model import FileStep, PlacedRecord, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
 from billing_tailer.settings import LLM_ROUTES
 from billing_tailer.spend import parse_spool_line
@@ -78,27 +79,41 @@ def test_rows_are_on_their_way_before_anything_else_is_done(
     ledger: Ledger, start: Position, dsn: str, again: bytes
 ) -> None:
     """The caller's own work, which would take its turn from the first statements."""
+    times = []
+
+    def meanwhile() -> None:
+        times.append(time.monotonic())
+        arrived = "select 1 from pg_stat_progress_copy where bytes_processed > 0 and datname = current_database()"
+        while not rows(dsn, arrived):
+            assert time.monotonic() < times[-1] + 10, "Postgres has no row"
+
+    ledger.commit(plan_of(start, lines(0, 1200) + again), meanwhile)
+    assert len(times) == 3
+
+
+@pytest.mark.parametrize(("number", "records"), [(1, 0), (PIPELINE_FACTS_MAX, 0), (1200, 1)])
+def test_few_rows_and_records_leave_time_from_the_beginning(
+    ledger: Ledger, start: Position, dsn: str, number: int, records: int
+) -> None:
     states = []
-    ledger.commit(plan_of(start, lines(0, 1200) + again), lambda: states.append(_last_statement(dsn)))
-    assert len(states) == 3
-    assert all(state.startswith("copy ") for state in states)
+
+    def meanwhile() -> None:
+        session = "select state from pg_stat_activity where application_name = 'billing_tailer default'"
+        states.append(rows(dsn, f"{session} and datname = current_database()"))
+
+    spent = [parse_spool_line(spool_line(payload(1))[:-1], Decimal(1)) for _ in range(records)]
+    placed = tuple(PlacedRecord(record) for record in spent if isinstance(record, SpendRecord))
+    ledger.commit(replace(plan_of(start, lines(0, number)), records=placed), meanwhile)
+    assert states[0] == [{"state": "idle"}]
+    assert count(dsn, "spend_records") == records
 
 
-@pytest.mark.parametrize("number", [1, PIPELINE_FACTS_MAX])
-def test_few_rows_leave_time_from_the_beginning(ledger: Ledger, start: Position, dsn: str, number: int) -> None:
-    counts = []
-    ledger.commit(plan_of(start, lines(0, number)), lambda: counts.append(count(dsn, "usage_facts")))
-    assert counts == [0]
-
-
-def _last_statement(dsn: str) -> str:
-    with psycopg.connect(dsn) as connection:
-        row = connection.execute(
-            "select query from pg_stat_activity where application_name = 'billing_tailer default' "
-            "and datname = current_database()"
-        ).fetchone()
-    assert row is not None
-    return str(row[0])
+def test_a_unix_socket_has_room_for_a_batch(ledger: Ledger) -> None:
+    with _socket_of(ledger._session) as twin:
+        room = twin.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert twin.family == socket.AF_UNIX
+    allowed = int(Path("/proc/sys/net/core/wmem_max").read_text("ascii"))
+    assert room == 2 * min(SEND_BYTES, allowed)  # the kernel doubles it, for its own bookkeeping
 
 
 @pytest.mark.parametrize("number", [1, 500])

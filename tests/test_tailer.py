@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 from billing_tailer.ledger import Committed, Ledger
 from billing_tailer.model import Plan
 from billing_tailer.reader import Batch, Reader
+from billing_tailer.tailer import WATCH_SECONDS
+from billing_tailer.wake import Wake
 from tests.support.follow import following
 from tests.support.loglines import RECORDED, line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
@@ -358,6 +361,21 @@ def test_refused_by_postgres_with_more_to_come(dsn: str, volume: Path) -> None:
         pass
     assert outcomes(dsn) == {"fact": 200, "dead_letter": 1}
     assert_sound(dsn, {1: content})
+
+
+def test_directories_are_watched_once_a_second(dsn: str, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = []
+    monkeypatch.setattr(Wake, "watch", lambda _, directories: watched.append(directories))
+    with following(dsn, volume) as rig:
+        rig.tailer._next_watch = time.monotonic() + 60
+        watched.clear()
+        rig.turn()
+        assert watched == []
+        rig.tailer._next_watch = time.monotonic()
+        rig.tailer._round()
+        rig.tailer._round()
+        assert watched == [[str(volume)]]
+        assert WATCH_SECONDS / 2 < rig.tailer._next_watch - time.monotonic() <= WATCH_SECONDS
 
 
 @pytest.mark.parametrize("batch_lines_max", [30, 70])

@@ -74,8 +74,8 @@ DEADLOCK_ATTEMPTS = 5
 COPY_ROWS = 500
 """So many rows are handed to COPY at a time: a quarter of a megabyte."""
 SEND_BYTES = 2 << 20
-"""The rows of a whole batch find room in the kernel, as far as `net.core.wmem_max` allows it: the thread that hands
-them over then seldom waits for its turn beside the one that reads ahead."""
+"""The rows of a whole batch, as far as `net.core.wmem_max` allows it: the thread that hands them to the kernel then
+seldom waits for its turn beside the one that reads ahead."""
 PIPELINE_FACTS_MAX = 40
 """Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
 SKIPPED_CALLS_MAX = 200_000
@@ -195,7 +195,7 @@ class Ledger:
         try:
             connection = connect(self._dsn, self._schema, application_name=f"billing_tailer {self.source_id}")
             self._connection = connection
-            with contextlib.suppress(OSError), _socket_of(connection) as twin:
+            with contextlib.suppress(psycopg.Error, OSError), _socket_of(connection) as twin:
                 if twin.family == socket.AF_UNIX:  # of other kinds the kernel finds the size itself
                     twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
             with wrapped():
@@ -384,7 +384,8 @@ class Ledger:
     def commit(self, plan: Plan, meanwhile: Callable[[], None] = lambda: None) -> Committed:
         """One plan, one transaction. Raises PositionMoved, RowRejected or LedgerUnavailable, with nothing written.
 
-        meanwhile: called, maybe more than once, when Postgres has work of its own for a while.
+        meanwhile: called, maybe more than once, when there is time for other work: as soon as COPY has its first rows,
+        and before the first statement where rows are few or spend records come first.
         """
         started = time.monotonic()
         if plan.records or len(plan.facts) <= PIPELINE_FACTS_MAX:
@@ -639,6 +640,7 @@ def copy_text(
     with session.cursor() as cursor, cursor.copy(sql.SQL(statement)) as copy:
         while rows := list(islice(rest, COPY_ROWS)):
             copy.write("\n".join(rows) + "\n")
+            session.pgconn.flush()  # libpq keeps the end of a message for the next one, and Postgres waits for it
             meanwhile()
 
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -158,7 +158,8 @@ def settling(world: World) -> list[Reading]:
                     wait_for_count(running_, dsn, FACTS, total + len(calls[1::2]))
                     wait_for_count(running_, dsn, RECORDS, total + len(calls[::2]))
                     total += len(calls)
-                    with Stops() as stops:
+                    stops = Stops()
+                    with stops if rate == RATE_OF_GOALS else nullcontext():
                         began[rate].append(_second_halves(log, port, calls, rate, seconds))
                         wait_for_count(running_, dsn, RECEIPTS, total)
                     if rate == RATE_OF_GOALS:

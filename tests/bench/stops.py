@@ -1,7 +1,8 @@
 """When the machine itself stands still: a process before which the kernel lets no other one go wakes up late.
 
 A virtual machine is stopped by its host for tens of milliseconds, and nothing in it says so. What happens in it then
-takes so much longer, whoever does it.
+takes so much longer, whoever does it. One process sees one processor: a stop of another one is not seen, and one that
+did not touch the daemon is.
 """
 
 import os

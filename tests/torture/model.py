@@ -7,7 +7,6 @@ and a failure before or after any round trip to Postgres.
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -180,8 +179,8 @@ class Files(RuleBasedStateMachine):
 
         def hook(step: str, done: bool) -> None:
             nonlocal steps
-            if done is before or not (sql or threading.current_thread() is threading.main_thread()):
-                return  # file calls are made by the main thread alone; two threads would come in any order
+            if done is before:
+                return  # while another thread reads ahead, this one makes no file call: their order is always the same
             steps += 1
             if steps == at + 1:
                 disturb()
