@@ -54,7 +54,7 @@ M_ARENA_MAX = -8
 """Of malloc.h."""
 EXIT_SECONDS = 4.5
 """So long after SIGTERM the process ends whatever hangs: what is not committed is read again."""
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 1.0
 MIGRATE_RETRY_SECONDS = 1.0
 SPEND_LOGS_PAGE_ROWS = 250
 """A row has 10 KB: larger pages need more memory than the daemon is to have."""

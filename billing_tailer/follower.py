@@ -68,6 +68,8 @@ class Follower:
         self._replaced: dict[tuple[int, int], int] = {}
         self._unread: dict[int, tuple[int, float]] = {}
         self._unreadable: list[str] = []
+        self._acted_on: tuple[Scan, Matching] | None = None
+        """What the last scan saw and made of it, as long as the positions are those of then."""
         self.registered = False
         """The last scan gave new files their ids; the next one, at once, will have them read."""
         self.positions: dict[int, Position] = {}
@@ -79,10 +81,12 @@ class Follower:
         """Read every position from Postgres, which owns them."""
         self.positions = {position.file_id: position for position in self._ledger.positions()}
         self.followed = {}
+        self._acted_on = None
         self._next_scan = 0.0
 
     def moved(self, positions: Sequence[Position]) -> None:
         """Adopt positions after their COMMIT returned. What was seen of a file meanwhile is not forgotten."""
+        self._acted_on = None
         for position in positions:
             before = self.positions.get(position.file_id)
             size = position.size_seen if before is None else max(before.size_seen, position.size_seen)
@@ -101,14 +105,26 @@ class Follower:
         self._unreadable = []
         scan, matching = self._look(started)
         if scan.archives_unknown and self._begins_at_ends():
-            self._looked_at, self._saw_all = started, False
+            self._looked_at, self._saw_all, self._acted_on = started, False, None
             waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
             self._health.say("files", [waiting])
             return
+        if self._gone or (scan, matching) != self._acted_on:
+            self._act_on(scan, matching, started)
+        self._looked_at = started
+        now = time.monotonic()
+        pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (now - started))
+        self._next_scan = 0.0 if self.registered else now + pause
+        self._at_leisure = now + max(LEISURE_SECONDS, pause)
+
+    def _act_on(self, scan: Scan, matching: Matching, now: float) -> None:
+        """Commit what a matching changes, and follow its files. The same matching at the same positions changes nothing
+        more, but for files that are gone, of which time decides, and new ones, which are tried again."""
+        self._acted_on = None if matching.new else (scan, matching)  # until `moved` says otherwise
         self.note_sizes({file_id: file.size for file_id, file in (matching.kept | matching.matched).items()})
-        silent = self._silent_for_a_day(matching, started)
+        silent = self._silent_for_a_day(matching, now)
         final = {i for i in silent if matching.kept[i].size <= self.positions[i].committed_offset}
-        registered = self._apply(matching, final, complete=scan.complete)
+        self.registered = self._apply(matching, final, complete=scan.complete)
         self.followed = {
             file_id: file
             for file_id, file in (matching.kept | matching.matched).items()
@@ -120,14 +136,9 @@ class Follower:
                 self._files.release(file.locator)
             else:
                 self._replaced[file.locator] = file.size
-        self._let_go(matching, started)
+        self._let_go(matching, now)
         self._report(scan, matching)
-        self._looked_at, self._saw_all = started, self._is_whole(scan, matching)
-        self.registered = registered
-        now = time.monotonic()
-        pause = min(SCAN_SECONDS_MAX, SCAN_SHARE * (now - started))
-        self._next_scan = 0.0 if registered else now + pause
-        self._at_leisure = now + max(LEISURE_SECONDS, pause)
+        self._saw_all = self._is_whole(scan, matching)
 
     def _is_whole(self, scan: Scan, matching: Matching) -> bool:
         """Whether all log files that there are have a position now, and all but the blocked ones can be read."""

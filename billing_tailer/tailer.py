@@ -238,22 +238,17 @@ class Tailer:
                 reading.append(self._read_ahead.submit(self._gather_after, sound))
 
         try:
-            committed = self._ledger.commit(plan, meanwhile)
-            known = self._decidable(plan)
-        except RowRejected as error:
-            wait(reading)
-            reading.clear()
-            sifted = self._without_refused(plan, error)
-            if sifted is None:
+            written = self._write(plan, meanwhile, reading)
+            if written is None:
                 self._follower.scan_soon()
                 return
-            plan, committed = sifted, self._ledger.commit(sifted)
-            known = self._decidable(plan)
+            sifted, committed = written
+            known = self._decidable(sifted)
         finally:
             wait(reading)
-        self._adopt(plan, sound, committed)
+        self._adopt(sifted, sound, committed)
         ahead = reading[0].result() if reading else None
-        # where lines turned out to be replays, the row that the next batch goes on from has other counts than it knew
+        # where lines were replays or refused, the row that the next batch goes on from has other counts than it knew
         self._ahead = ahead if committed.steps == plan.steps else None
         self._spent = plan if self._ahead is not None and self._ahead.works else None
         if isinstance(known, LedgerUnavailable):
@@ -261,6 +256,17 @@ class Tailer:
         if committed.unlisted:
             self._settler.note_unlisted()
         self._settler.after_commit(known)
+
+    def _write(
+        self, plan: Plan, meanwhile: Callable[[], None], reading: list[Future[Batch]]
+    ) -> tuple[Plan, Committed] | None:
+        """Commit a plan, less what Postgres refuses of it; None where that cannot be told any more."""
+        try:
+            return plan, self._ledger.commit(plan, meanwhile)
+        except RowRejected as error:
+            wait(reading)  # the same files are read again
+            sifted = self._without_refused(plan, error)
+        return None if sifted is None else (sifted, self._ledger.commit(sifted))
 
     def _gather_after(self, works: list[FileWork]) -> Batch:
         """What follows work that is being committed."""

@@ -15,9 +15,10 @@ import pytest
 from billing_tailer import follower as follower_module
 from billing_tailer.errors import LedgerUnavailable
 from billing_tailer.files import LogFiles
+from billing_tailer.follower import Follower
 from billing_tailer.ledger import Ledger
 from billing_tailer.model import Verdict
-from tests.support.follow import following
+from tests.support.follow import Rig, following
 from tests.support.logfiles import append, replaced
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
@@ -51,6 +52,62 @@ def log(tmp_path: Path) -> Path:
     path = tmp_path / "audit.jsonl"
     path.write_bytes(lines(0, 10))
     return path
+
+
+def test_a_scan_that_finds_what_the_last_one_found(
+    dsn: str, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is not acted on; anything else is, and each scan after positions have moved."""
+    acted: list[str] = []
+    real = Follower._act_on
+
+    def act_on(self: Follower, *arguments: Any) -> None:
+        acted.append("")
+        real(self, *arguments)
+
+    monkeypatch.setattr(Follower, "_act_on", act_on)
+
+    def acts(rig: Rig) -> bool:
+        acted.clear()
+        rig.follower.scan_soon()
+        rig.follower.scan_if_due()
+        return acted != []
+
+    with following(dsn, tmp_path) as rig:
+        acts(rig)
+        assert not acts(rig)
+        append(log, lines(10, 10))
+        assert acts(rig)
+        assert not acts(rig)
+        rig.tailer._round()  # commits
+        assert acts(rig)
+        assert not acts(rig)
+        rotated = log.rename(tmp_path / "audit.jsonl.1")
+        assert acts(rig)  # which makes it a rotated one
+        assert acts(rig)
+        assert not acts(rig)
+        rotated.unlink()
+        acts(rig)
+        assert acts(rig)  # time will decide
+    assert states(dsn) == ["rotated"]
+
+
+def test_a_new_file_that_cannot_be_opened_is_tried_again(
+    dsn: str, tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the directories have not changed since."""
+    real = LogFiles.place_at
+
+    def place_at(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(LogFiles, "place_at", place_at)
+    with following(dsn, tmp_path) as rig:
+        rig.turn()
+        assert outcomes(dsn) == {}
+        monkeypatch.setattr(LogFiles, "place_at", real)
+        rig.turn()
+    assert outcomes(dsn) == {"fact": 10}
 
 
 # --- many files that are gone ----------------------------------------------------------------------------------------

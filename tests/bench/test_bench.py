@@ -1,6 +1,7 @@
 """`make bench` in small: every figure is measured, or says why not, and every one has its place in the document."""
 
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from tests.bench.__main__ import main
 from tests.bench.figures import FIGURES
 from tests.bench.peers import PEERS
 from tests.bench.readings import Goal, Reading, median
-from tests.bench.stops import Stops, watch
+from tests.bench.stops import Stops, together, watch
 from tests.bench.table import cells, number
 
 GOALS = {
@@ -73,11 +74,17 @@ def test_stops_of_the_machine_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stops.within(0, 11) == stops.within(12, 13) == 0
 
 
+def test_the_machine_stands_still_where_all_its_processors_do() -> None:
+    one, other = [(1.0, 2.0), (3.0, 4.0), (6.0, 7.0)], [(1.5, 3.5), (5.0, 6.0)]
+    assert together([one, other]) == together([other, one]) == [(1.5, 2.0), (3.0, 3.5)]
+    assert together([one]) == one
+    assert together([one, []]) == []
+
+
 def test_a_bystander_ends_with_what_it_watches() -> None:
     with Stops() as stops:
-        process = stops._process
-    assert process is not None
-    assert process.returncode == 0
+        assert len(stops.processes) == len(os.sched_getaffinity(0))
+    assert {process.returncode for process in stops.processes} == {0}
     assert all(start < end for start, end in stops.spans)
 
 
