@@ -70,6 +70,7 @@ class Follower:
         self._unreadable: list[str] = []
         self._acted_on: tuple[Scan, Matching] | None = None
         """What the last scan saw and made of it, as long as the positions are those of then."""
+        self._act_again = 0.0
         self.registered = False
         """The last scan gave new files their ids; the next one, at once, will have them read."""
         self.positions: dict[int, Position] = {}
@@ -109,7 +110,7 @@ class Follower:
             waiting = f"{scan.archives_unknown} compressed files are read through before the others begin at their ends"
             self._health.say("files", [waiting])
             return
-        if self._gone or (scan, matching) != self._acted_on:
+        if (scan, matching) != self._acted_on or (self._gone and started >= self._act_again):
             self._act_on(scan, matching, started)
         self._looked_at = started
         now = time.monotonic()
@@ -119,8 +120,9 @@ class Follower:
 
     def _act_on(self, scan: Scan, matching: Matching, now: float) -> None:
         """Commit what a matching changes, and follow its files. The same matching at the same positions changes nothing
-        more, but for files that are gone, of which time decides, and new ones, which are tried again."""
+        more, but for new files, which are tried again, and those that are gone, of which time decides, if slowly."""
         self._acted_on = None if matching.new else (scan, matching)  # until `moved` says otherwise
+        self._act_again = now + SILENT_SECONDS
         self.note_sizes({file_id: file.size for file_id, file in (matching.kept | matching.matched).items()})
         silent = self._silent_for_a_day(matching, now)
         final = {i for i in silent if matching.kept[i].size <= self.positions[i].committed_offset}

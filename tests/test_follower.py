@@ -15,7 +15,7 @@ import pytest
 from billing_tailer import follower as follower_module
 from billing_tailer.errors import LedgerUnavailable
 from billing_tailer.files import LogFiles
-from billing_tailer.follower import Follower
+from billing_tailer.follower import SILENT_SECONDS, Follower
 from billing_tailer.ledger import Ledger
 from billing_tailer.model import Verdict
 from tests.support.follow import Rig, following
@@ -88,7 +88,9 @@ def test_a_scan_that_finds_what_the_last_one_found(
         assert not acts(rig)
         rotated.unlink()
         acts(rig)
-        assert acts(rig)  # time will decide
+        assert not acts(rig)
+        rig.follower._act_again -= SILENT_SECONDS  # time decides of a file that is gone
+        assert acts(rig)
     assert states(dsn) == ["rotated"]
 
 
@@ -108,6 +110,21 @@ def test_a_new_file_that_cannot_be_opened_is_tried_again(
         monkeypatch.setattr(LogFiles, "place_at", real)
         rig.turn()
     assert outcomes(dsn) == {"fact": 10}
+
+
+def test_waiting_for_a_compressed_file_that_goes_away(dsn: str, tmp_path: Path) -> None:
+    """What is in the directories then is what was there before, and nothing is waited for."""
+    (tmp_path / "callbacks-0.jsonl").write_bytes(b"")
+    archive = tmp_path / "audit.jsonl.1.gz"
+    with following(dsn, tmp_path, start_at_end=True) as rig:
+        archive.write_bytes(gzip.compress(lines(0, 10)))
+        rig.follower.scan_soon()
+        rig.follower.scan_if_due()
+        assert rig.health.reasons()
+        archive.unlink()
+        rig.follower.scan_soon()
+        rig.follower.scan_if_due()
+        assert not rig.health.reasons()
 
 
 # --- many files that are gone ----------------------------------------------------------------------------------------
@@ -163,6 +180,7 @@ def test_silent_for_a_day(dsn: str, tmp_path: Path, log: Path, monkeypatch: pyte
         assert states(dsn) == ["rotated"]
         assert len(rig.files._handles) == 1
         monkeypatch.setattr(follower_module, "FINAL_SECONDS", 0.0)
+        rig.follower._act_again = 0.0
         rig.turn()
         assert len(rig.files._handles) == 0
         rig.turn()

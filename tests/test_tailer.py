@@ -12,6 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
+from billing_tailer import plan as plan_module
 from billing_tailer.ledger import Committed, Ledger
 from billing_tailer.model import Plan
 from billing_tailer.reader import Batch, Reader
@@ -351,8 +352,13 @@ def test_refused_by_postgres_costs_one_dead_letter(dsn: str, volume: Path) -> No
     assert_sound(dsn, {1: content})
 
 
-def test_refused_by_postgres_with_more_to_come(dsn: str, volume: Path) -> None:
-    """The batch that was read ahead follows a place that has other counts now: it is read again."""
+@pytest.mark.parametrize("room", [1000, 0])
+def test_refused_by_postgres_with_more_to_come(
+    dsn: str, volume: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """The batch that was read ahead follows a place that has other counts now, and maybe more bytes of kept dead
+    letters: it is read again."""
+    monkeypatch.setattr(plan_module, "RAW_BYTES_MAX_PER_FILE", room)
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("alter table billing.usage_facts add check (run_id <> 'poison')")
     content = lines(0, 60) + line(60, run_id="poison") + lines(61, 140)

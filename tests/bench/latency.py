@@ -193,7 +193,11 @@ def _without_stops(
         for one, stops in zip(rounds, watched, strict=True)
     ]
     return [
-        median(*keys, [1000 * stops.longest() for stops in watched], note="seen by a process of real-time priority"),
+        median(
+            *keys,
+            [1000 * stops.longest() for stops in watched],
+            note="seen by a process of real-time priority on each processor",
+        ),
         median(*less_keys, [1000 * seconds for seconds in less]),
     ]
 

@@ -104,7 +104,7 @@ if __name__ == "__main__":
         os.sched_setaffinity(0, {int(sys.argv[1])})
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     except OSError as error:
-        print(f"no priority over all others: {error.strerror}", flush=True)
+        print(f"nobody can look on with a priority over all others: {error.strerror}", flush=True)
         sys.exit()
     print(flush=True)
     for start, end in watch(_closed(sys.stdin.fileno())):
