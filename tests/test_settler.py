@@ -342,3 +342,37 @@ def test_the_source_of_costs_changes_while_calls_are_overdue(dsn: str, tmp_path:
     with following(dsn, tmp_path, rules=BY_HEADER, deadline_seconds=0) as rig:
         sweep(rig)
     assert (set(billed(dsn)), kinds(dsn)) == ({"call-00000001", "call-00000002"}, {})
+
+
+def test_what_is_prepared_while_tables_are_empty_reads_no_whole_table_later(dsn: str, tmp_path: Path) -> None:
+    """The first calls of a new installation come one by one; Postgres keeps a plan for all values from then, and
+    autovacuum, which would have it make another one, comes once a minute."""
+    with following(dsn, tmp_path) as rig:
+        for number in range(20):
+            log(tmp_path, line(number))
+            rig.turn()
+            spool(tmp_path, payload(number))
+            rig.turn()
+        log(tmp_path, lines(100, 2000))
+        spool(tmp_path, *(payload(number) for number in range(100, 2100)))
+        rig.turn()
+        before = rows_read_whole(dsn)
+        for number in range(3000, 3020):
+            log(tmp_path, line(number))
+            rig.turn()
+            spool(tmp_path, payload(number))
+            rig.turn()
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        connection.execute("select pg_sleep(1.5)")  # what the session did is told when it has ended
+    assert len(billed(dsn)) == 2040
+    assert rows_read_whole(dsn) - before < 40_000, "40 turns read 2,000 rows each"
+
+
+def rows_read_whole(dsn: str) -> int:
+    """Of the tables of lines and records, by sequential scans."""
+    found = rows(
+        dsn,
+        "select sum(seq_tup_read)::bigint as n from pg_stat_user_tables "
+        "where relname in ('usage_facts', 'spend_records')",
+    )
+    return int(found[0]["n"])
