@@ -148,7 +148,7 @@ def with_records(connection: Connection, call_ids: Collection[str]) -> list[str]
     if not call_ids:
         return []
     with wrapped():
-        # planned each time: a plan for all values from when there were no records would read all of them
+        # planned each time, see `load`
         words = {"call_ids": text_array(call_ids)}
         rows = connection.execute(query("with_records"), words, prepare=False).fetchall()
     return [row[0] for row in rows]
@@ -216,14 +216,17 @@ def load(
     """Everything that is committed about these calls; those without a fact are left out.
 
     is_over: whether nobody is left to ask about a call whose deadline has passed.
+
+    Planned each time: a plan for all values that Postgres made while a table was small reads all of it, until
+    autovacuum has looked at it again.
     """
     ids = {"call_ids": list(call_ids), "deadline": deadline_seconds, "quiet": quiet_seconds}
     with wrapped(), connection.cursor(row_factory=dict_row) as cursor:
-        facts = cursor.execute(query("settle_facts"), ids).fetchall()
+        facts = cursor.execute(query("settle_facts"), ids, prepare=False).fetchall()
         if not facts:
             return []
         found = {
-            name: _by_call(cursor.execute(query(f"settle_{name}"), ids).fetchall())
+            name: _by_call(cursor.execute(query(f"settle_{name}"), ids, prepare=False).fetchall())
             for name in ("records", "receipts", "adjustments", "exceptions", "conflicts")
         }
     return [_state(row, found, is_over) for row in facts]

@@ -644,9 +644,8 @@ select file_id, source_id, path, generation, device, inode, head, state, committ
 from tail_files where file_id = any(%(file_ids)s)
 
 -- name: deciding
--- Taken by a settler for a batch, and by an operator's verb. A plan for all values that is made while tables are empty
--- would read all of them, until they are analyzed: what is asked here is asked by keys.
-select pg_advisory_xact_lock(%(key)s), set_config('enable_seqscan', 'off', true)
+-- Taken by a settler for a batch, and by an operator's verb.
+select pg_advisory_xact_lock(%(key)s)
 
 -- name: settlement_totals
 -- All receipts are this source's where there is no other one: a join of all of them is slow.
