@@ -39,6 +39,7 @@ STOPPED = (Standing.OVERDUE, Standing.HELD, Standing.UNATTRIBUTED)
 """Standings that only a record or a person changes: such calls leave the sweep's way."""
 ASK_AFTER_MIN, ASK_AFTER_MAX = timedelta(minutes=15), timedelta(days=7)
 """A call that was given up is asked for by name when it is twice as old as the last time, within these bounds."""
+PLANNED_CALLS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +149,10 @@ def with_records(connection: Connection, call_ids: Collection[str]) -> list[str]
     if not call_ids:
         return []
     with wrapped():
-        # planned each time, see `load`
+        # planned each time, see `load`; but for thousands of calls that takes longer than any plan does
+        prepare = None if len(call_ids) > PLANNED_CALLS_MAX else False
         words = {"call_ids": text_array(call_ids)}
-        rows = connection.execute(query("with_records"), words, prepare=False).fetchall()
+        rows = connection.execute(query("with_records"), words, prepare=prepare).fetchall()
     return [row[0] for row in rows]
 
 
