@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from billing_tailer.embedded import EmbeddedPostgres
+from billing_tailer.events import configure_logging
 from tests.support import database
 from tests.support.verbs import Verb
 from tests.torture.table import TALLIES, table
@@ -23,6 +24,13 @@ from tests.torture.table import TALLIES, table
 # how long an example takes says more of what else the machine does than of the code
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_log() -> None:
+    """Errors only, to the session's own standard output: a test that sets up another log leaves it with that test's
+    captured output, which is closed by then."""
+    configure_logging("error", "json")
 
 
 @pytest.fixture(scope="session")

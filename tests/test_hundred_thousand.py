@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.daemon import Daemon
 from tests.support.loglines import lines
-from tests.support.proof import assert_sound, count, outcomes, rows
+from tests.support.proof import are_read, assert_sound, count, outcomes, rows
 from tests.support.spendlines import failure, payload
 from tests.support.spendlogs import row, spend_logs
 
@@ -109,6 +109,7 @@ def test_a_hundred_thousand_calls_are_billed_exactly_once(dsn: str, tmp_path: Pa
             timeout=60,
         )
         _post_all(port, late)
+        daemon.wait_until(lambda: are_read(dsn, (tmp_path / "spool").glob("callbacks-*")))
         daemon.wait_until(lambda: count(dsn, "charge_receipts") == CALLS, timeout=60)
         daemon.wait_until(lambda: count(dsn, "touched_calls") == 0)
         assert daemon.terminate() == 0

@@ -196,7 +196,7 @@ def processes(world: World) -> None:
     seen.clears("BillingTailerTwoCommit")
 
     assert active.terminate() == 0  # the standby takes over: down, but somebody commits
-    # hurried, its two minutes are half a second, which a take-over may exceed: it fires no longer while Down still does
+    # hurried, its two minutes are 2 s, which a take-over may exceed: it fires no longer while Down still does
     standby.wait_until(lambda: {alert["labels"]["alertname"] for alert in seen.firing()} == {"BillingTailerDown"})
     seen.fires("BillingTailerDown")
 
@@ -518,6 +518,6 @@ def test_only_durations_are_scaled() -> None:
         {
             "alert": "A",
             "expr": "increase(a[3s]) > 3 and time() - b > 3 and c[30s] and d[10s] and changes(e[30s])",
-            "for": "1000ms",
+            "for": "2000ms",
         }
     ]

@@ -20,7 +20,7 @@ from tests.e2e.browser import browser, chromium, quiet_page
 from tests.support import database
 from tests.support.daemon import ROOT, Daemon
 from tests.support.loglines import line
-from tests.support.proof import count, rows
+from tests.support.proof import are_read, count, rows
 from tests.support.spendlines import payload
 from tests.test_pages import HOSTILE, HOSTILE_ID
 
@@ -74,6 +74,7 @@ def billed(session_dir: Path, admin_dsn: str, template_database: str) -> Iterato
                 for body in bodies:
                     headers = {"authorization": f"Bearer {CALLBACK_TOKEN}", "content-type": "application/json"}
                     assert client.post("/v1/callbacks/litellm", content=body, headers=headers).status_code == 200
+            daemon.wait_until(lambda: are_read(dsn, (directory / "spool").glob("callbacks-*")), what="all callbacks")
             daemon.wait_until(lambda: count(dsn, "charge_receipts") >= 121 + 20, what="receipts")
             daemon.wait_until(lambda: not rows(dsn, "select from touched_calls"), what="all settled")
             yield Billed(daemon, dsn, daemon.url)

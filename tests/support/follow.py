@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from billing_tailer import audit, fastlane
-from billing_tailer.events import Events, configure_logging
+from billing_tailer.events import Events
 from billing_tailer.files import LogFiles
 from billing_tailer.follower import Follower
 from billing_tailer.health import Health
@@ -53,7 +53,6 @@ def following(
     dsn: str, directory: Path, *, globs: tuple[str, ...] = (), start_at_end: bool = False, **changes: Any
 ) -> Iterator[Rig]:
     """A tailer that owns the source and has read `directory`. changes: to Limits, source_id, open_files_max."""
-    configure_logging("error", "json")
     limits = Limits(batch_lines_max=1000, batch_bytes_max=1 << 20, line_bytes_max=1 << 16)
     limits = replace(limits, **{key: value for key, value in changes.items() if key in _LIMITS})
     stop = threading.Event()

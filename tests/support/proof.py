@@ -2,7 +2,8 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -30,6 +31,14 @@ def outcomes(dsn: str) -> dict[str, int]:
         "select key, sum(value::int)::int as n from tail_batches, jsonb_each_text(counts) group by key order by key",
     )
     return {row["key"]: row["n"] for row in found}
+
+
+def are_read(dsn: str, paths: Iterable[Path]) -> bool:
+    """Whether every byte of these files is committed."""
+    committed = {
+        row["path"]: row["committed_offset"] for row in rows(dsn, "select path, committed_offset from tail_files")
+    }
+    return all(committed.get(str(path), 0) >= path.stat().st_size for path in paths)
 
 
 def retried_facts(dsn: str) -> int:
