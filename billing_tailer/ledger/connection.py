@@ -67,7 +67,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") -> Connection:
-    """A connection with our time-outs and search path. Raises LedgerUnavailable or ConfigError."""
+    """A connection with our time-outs and search path. Raises LedgerUnavailable or ConfigError.
+
+    What psycopg prepares is planned each time it is asked: a plan for all values, made while a table was small, would
+    read all of it until autovacuum has looked at it again.
+    """
     try:
         psycopg.conninfo.conninfo_to_dict(dsn)
     except psycopg.ProgrammingError as error:
@@ -90,7 +94,7 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
         try:
             connection.execute(
                 "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
-                "set_config('timezone', 'UTC', false)",
+                "set_config('timezone', 'UTC', false), set_config('plan_cache_mode', 'force_custom_plan', false)",
                 (_quoted(connection, schema), f"{STATEMENT_TIMEOUT_SECONDS}s"),
             )
             _require_utf8(connection)

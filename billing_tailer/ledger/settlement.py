@@ -39,7 +39,6 @@ STOPPED = (Standing.OVERDUE, Standing.HELD, Standing.UNATTRIBUTED)
 """Standings that only a record or a person changes: such calls leave the sweep's way."""
 ASK_AFTER_MIN, ASK_AFTER_MAX = timedelta(minutes=15), timedelta(days=7)
 """A call that was given up is asked for by name when it is twice as old as the last time, within these bounds."""
-PLANNED_CALLS_MAX = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,10 +148,7 @@ def with_records(connection: Connection, call_ids: Collection[str]) -> list[str]
     if not call_ids:
         return []
     with wrapped():
-        # planned each time, see `load`; but for thousands of calls that takes longer than any plan does
-        prepare = None if len(call_ids) > PLANNED_CALLS_MAX else False
-        words = {"call_ids": text_array(call_ids)}
-        rows = connection.execute(query("with_records"), words, prepare=prepare).fetchall()
+        rows = connection.execute(query("with_records"), {"call_ids": text_array(call_ids)}).fetchall()
     return [row[0] for row in rows]
 
 
@@ -218,17 +214,14 @@ def load(
     """Everything that is committed about these calls; those without a fact are left out.
 
     is_over: whether nobody is left to ask about a call whose deadline has passed.
-
-    Planned each time: a plan for all values that Postgres made while a table was small reads all of it, until
-    autovacuum has looked at it again.
     """
     ids = {"call_ids": list(call_ids), "deadline": deadline_seconds, "quiet": quiet_seconds}
     with wrapped(), connection.cursor(row_factory=dict_row) as cursor:
-        facts = cursor.execute(query("settle_facts"), ids, prepare=False).fetchall()
+        facts = cursor.execute(query("settle_facts"), ids).fetchall()
         if not facts:
             return []
         found = {
-            name: _by_call(cursor.execute(query(f"settle_{name}"), ids, prepare=False).fetchall())
+            name: _by_call(cursor.execute(query(f"settle_{name}"), ids).fetchall())
             for name in ("records", "receipts", "adjustments", "exceptions", "conflicts")
         }
     return [_state(row, found, is_over) for row in facts]

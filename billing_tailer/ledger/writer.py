@@ -76,8 +76,9 @@ COPY_ROWS = 500
 SEND_BYTES = 2 << 20
 """The rows of a whole batch, as far as `net.core.wmem_max` allows it: the thread that hands them to the kernel then
 seldom waits for its turn beside the one that reads ahead."""
-PIPELINE_FACTS_MAX = 40
-"""Up to so many facts one pipelined round trip is faster than COPY, which takes a round trip of its own."""
+PIPELINE_FACTS_MAX = 20
+"""Up to so many facts one pipelined round trip, work list included, is no slower than COPY, which takes a round trip of
+its own and leaves the list for later."""
 SKIPPED_CALLS_MAX = 200_000
 """Of the calls whose lines were skipped, so many are remembered: 30 MB, however many strangers knock."""
 

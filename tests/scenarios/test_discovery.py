@@ -189,7 +189,7 @@ def test_file_names_with_newline_and_non_utf8_bytes(dsn: str, tmp_path: Path, na
     with following(dsn, tmp_path):
         pass
     append(Path(os.fsdecode(path)), lines(5, 5))
-    os.rename(path, path + b".1")  # noqa: PTH104 - bytes
+    os.rename(path, path + b".1")  # noqa: PTH104 - pathlib takes no bytes
     Path(os.fsdecode(path)).write_bytes(lines(10, 5))
     with following(dsn, tmp_path) as rig:
         assert not rig.health.reasons()
