@@ -5,7 +5,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Final
@@ -54,17 +54,18 @@ def _beside(world: World, receipts: Sequence[int], seed: int) -> tuple[Rates, Ra
     count = world.amounts.settled_calls
     ours: Rates = {there: [] for there in receipts}
     raw: Rates = {there: [] for there in receipts}
-    for _ in range(world.amounts.rounds):
-        rows: Rows = {}
-        for there in receipts:
-            seed += 1  # calls that grow a filled database must be new ones
-            log, spool = world.log(count, seed), world.spool(count, seed)
-            with _database(world, there) as dsn:
+    with ExitStack() as stack:  # to drop a database takes a checkpoint: at the end
+        for _ in range(world.amounts.rounds):
+            rows: Rows = {}
+            for there in receipts:
+                seed += 1  # calls that grow a filled database must be new ones
+                log, spool = world.log(count, seed), world.spool(count, seed)
+                dsn = stack.enter_context(_database(world, there))
                 ours[there].append(count / follow(world, dsn, {"audit.jsonl": log}, count, spool=spool).seconds)
                 rows = rows if there else rows_of(dsn, list(KEYS))
-            with _database(world, there) as dsn:
+                dsn = stack.enter_context(_database(world, there))
                 raw[there].append(count / append_seconds(dsn, rows))
-            world.forget(count, seed)
+                world.forget(count, seed)
     return ours, raw
 
 
