@@ -116,6 +116,16 @@ def test_a_unix_socket_has_room_for_a_batch(ledger: Ledger) -> None:
     assert room == 2 * min(SEND_BYTES, allowed)  # the kernel doubles it, for its own bookkeeping
 
 
+@pytest.mark.timeout(30)
+def test_a_slow_network_takes_everything_in_the_end(ledger: Ledger, start: Position) -> None:
+    """psycopg's `Pipeline.sync` sends once, and then waits for answers to what the socket had no room for."""
+    with _socket_of(ledger._session) as twin:
+        twin.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 0)
+    bad = 60_000 * b"x" + b"\n"
+    ledger.commit(plan_of(start, 100 * bad))
+    assert [position.committed_offset for position in ledger.positions()] == [100 * len(bad)]
+
+
 @pytest.mark.parametrize("number", [1, 500])
 def test_a_failed_compare_and_set_leaves_nothing(ledger: Ledger, start: Position, dsn: str, number: int) -> None:
     ledger.commit(plan_of(start, line(0)))

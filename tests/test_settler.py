@@ -11,8 +11,10 @@ from typing import Any
 import psycopg
 import pytest
 
+from billing_tailer import settler
+from billing_tailer.errors import LedgerUnavailable
 from billing_tailer.model import Corrections, SpendRecord, SpendSource
-from billing_tailer.settle import Rules
+from billing_tailer.settle import CallState, Decision, Rules, decide
 from billing_tailer.settler import Settler
 from billing_tailer.spend import parse_row
 from tests.support.follow import Rig, following
@@ -154,6 +156,33 @@ def test_a_crash_between_the_two_transactions(dsn: str, tmp_path: Path, monkeypa
     assert (count(dsn, "usage_facts"), count(dsn, "charge_receipts")) == (20, 0)
     with following(dsn, tmp_path):
         pass
+    assert (count(dsn, "charge_receipts"), count(dsn, "unsettled_facts"), count(dsn, "touched_calls")) == (20, 0, 0)
+
+
+@pytest.mark.parametrize("trouble", ["ours", "Postgres"])
+def test_a_batch_that_breaks_off_leaves_nothing(
+    dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    log(tmp_path, lines(0, 20))
+    with following(dsn, tmp_path) as rig:
+
+        def break_off(call: CallState, rules: Rules) -> Decision:
+            if call.fact.call_id == "call-00000011":
+                if trouble == "ours":
+                    raise ZeroDivisionError
+                pid = rig.ledger._session.info.backend_pid
+                rows(dsn, "select pg_terminate_backend(%s, 5000)", pid)
+            return decide(call, rules)
+
+        spool(tmp_path, *(payload(number) for number in range(20)))
+        with monkeypatch.context() as patch:
+            patch.setattr(settler, "decide", break_off)
+            with pytest.raises(ZeroDivisionError if trouble == "ours" else LedgerUnavailable):
+                rig.turn()
+        assert (count(dsn, "charge_receipts"), count(dsn, "touched_calls")) == (0, 20)
+        if trouble == "Postgres":
+            assert rig.tailer._become_owner()
+        sweep(rig)
     assert (count(dsn, "charge_receipts"), count(dsn, "unsettled_facts"), count(dsn, "touched_calls")) == (20, 0, 0)
 
 
@@ -345,7 +374,7 @@ def test_the_source_of_costs_changes_while_calls_are_overdue(dsn: str, tmp_path:
 
 
 def test_what_is_prepared_while_tables_are_empty_reads_no_whole_table_later(dsn: str, tmp_path: Path) -> None:
-    """The first calls of a new installation come one by one; Postgres keeps a plan for all values from then, and
+    """The first calls of a new installation come one by one; Postgres would keep a plan for all values from then, and
     autovacuum, which would have it make another one, comes once a minute."""
     with following(dsn, tmp_path) as rig:
         for number in range(20):

@@ -17,7 +17,7 @@ from datetime import datetime
 from enum import StrEnum
 from itertools import islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import psycopg
 from psycopg import sql
@@ -87,6 +87,8 @@ _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
 _INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
 _INSERT_STAGED = query("insert_staged").format(columns=", ".join(COLUMNS))
+_Written: TypeAlias = tuple[str, psycopg.Cursor[tuple[Any, ...]], int]
+"""A statement's name, the cursor that ran it, and how many rows it must have found."""
 _STARTS = itemgetter(*map(COLUMNS.index, ("call_id", "occurred_at", "request_seconds")))
 
 
@@ -310,17 +312,16 @@ class Ledger:
         """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
         unfinished = [p for p in changes.updated if p.state is not FileState.FINAL]
         with wrapped(), self._session.transaction():
-            with self._session.pipeline() as pipeline:
-                cursor, moved = self._session.cursor(), self._session.cursor()
+            cursor, moved = self._session.cursor(), self._session.cursor()
+            with self._session.pipeline():
                 if unfinished:
                     cursor.executemany(query("delete_gaps_of_revived"), [_place(p) for p in unfinished])
                 if changes.gaps:
                     cursor.executemany(query("insert_gap"), [_gap(gap) for gap in changes.gaps])
                 if changes.updated:
                     moved.executemany(query("update_file"), [_place(position) for position in changes.updated])
-                pipeline.sync()
-                if changes.updated and moved.rowcount != len(changes.updated):
-                    raise PositionMoved(f"{moved.rowcount} of {len(changes.updated)} files are where they were left")
+            if changes.updated and moved.rowcount != len(changes.updated):
+                raise PositionMoved(f"{moved.rowcount} of {len(changes.updated)} files are where they were left")
             for file in changes.new:
                 self._insert_file(file)
 
@@ -418,20 +419,22 @@ class Ledger:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
                 copy_text(session, _COPY_FACTS, (fact.text for fact in plan.facts), meanwhile)
-                with session.pipeline() as pipeline:
+                with session.pipeline():
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
-                    self._write_positions(plan, steps, pipeline)
+                    written = self._write_positions(plan, steps)
+                _require_found(written)
             return steps
         # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
         # process that freezes right then would keep its lock
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
-            with session.pipeline() as pipeline:
+            with session.pipeline():
                 if plan.facts:
                     values = [values_of(fact.text) for fact in plan.facts]
                     _texts(session).executemany(_INSERT_FACT, values)
                     _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
-                self._write_positions(plan, steps, pipeline)
+                written = self._write_positions(plan, steps)
+            _require_found(written)
         return steps
 
     def _commit_staged(self, plan: Plan, meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
@@ -453,8 +456,9 @@ class Ledger:
                 # the call may be settled: after a crash right now nobody else would look at it again
                 ids = [plan.facts[number].call_id for number in conflicts]
                 session.execute(query("touch_calls"), {"call_ids": ids})
-            with session.pipeline() as pipeline:
-                self._write_positions(plan, steps, pipeline)
+            with session.pipeline():
+                written = self._write_positions(plan, steps)
+            _require_found(written)
         return steps
 
     def add_records(self, records: Sequence[SpendRecord]) -> int:
@@ -483,13 +487,14 @@ class Ledger:
             for step in plan.steps
         )
 
-    def _write_positions(self, plan: Plan, steps: Sequence[FileStep], pipeline: psycopg.Pipeline) -> None:
-        """The compare-and-set of every file, its batch row and its dead letters, in one round trip; then the look
-        whether all of them found what this process left there, before anything is committed."""
+    def _write_positions(self, plan: Plan, steps: Sequence[FileStep]) -> list[_Written]:
+        """The compare-and-set of every file, its batch row and its dead letters, within a pipeline. Before anything is
+        committed, `_require_found` must look at what this returns, after the end of the pipeline: `Pipeline.sync`
+        sends but once, and then waits for answers to what the socket had no room for."""
         batches = [_batch(step.position.file_id, step.batch) for step in steps if step.batch is not None]
         inserted = [row for row in batches if row["grows_from"] is None]
         grown = [row for row in batches if row["grows_from"] is not None]
-        expected = []
+        expected: list[_Written] = []
         for name, rows in (
             ("move_position", [_move(step) for step in steps]),
             ("insert_batch", inserted),
@@ -507,10 +512,7 @@ class Ledger:
             self._session.cursor().executemany(
                 query("insert_dead_letter"), [_letter(letter) for letter in plan.dead_letters]
             )
-        pipeline.sync()
-        for name, cursor, count in expected:
-            if cursor.rowcount != count:
-                raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
+        return expected
 
     # --- settlement
 
@@ -625,6 +627,13 @@ class Ledger:
                 except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
                     refused[index] = str(error).splitlines()[0]
         return refused
+
+
+def _require_found(written: Iterable[_Written]) -> None:
+    """Raise PositionMoved unless every statement found what this process left there."""
+    for name, cursor, count in written:
+        if cursor.rowcount != count:
+            raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
 
 
 def _socket_of(connection: Connection) -> socket.socket:
