@@ -20,6 +20,7 @@ Why not before the markup: 0.0002833333333333333 USD/s for 2 s is 0.000566666667
 6800.000004 credits: one too many, for a third of the calls at such prices.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -108,9 +109,9 @@ def exact(value: object) -> Decimal | None:
     A float stands for its repr: the shortest decimal that reads back as the same float, which is what Python, and so
     LiteLLM, writes into JSON. Not finite, longer than NUMBER_CHARS_MAX or with more than DECIMALS_MAX decimals: None.
     """
-    if type(value) is float:
-        text = repr(value)
-    elif type(value) is str:
+    if type(value) is float:  # no repr of a finite one is too long, or no number
+        return Decimal(repr(value)) if math.isfinite(value) else None
+    if type(value) is str:
         text = value
     elif type(value) is int:
         text = str(value) if value.bit_length() <= 256 else ""  # str() of a very long int raises

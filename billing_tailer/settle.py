@@ -249,7 +249,7 @@ def _globs(globs: tuple[str, ...]) -> re.Pattern[str]:
 def _attempts(held: Iterable[SpendRecord]) -> int:
     """How many attempts are held. Both sources describe the same ones, so the other's copy is nothing new."""
     sources = [record.source for record in held]
-    return max((sources.count(source) for source in SpendSource), default=0)
+    return max(sources.count(source) for source in SpendSource)
 
 
 def evidence_hash(*evidence: object) -> str:
@@ -329,8 +329,10 @@ def _want_held(wanted: _Wanted, call: CallState, rules: Rules) -> None:
     """The records that hold the call. Where there is a receipt, a person may have closed the matter."""
     for kind in _HELD:
         held = [record for record in call.records if hold(record, rules.free_models) is kind]
+        if not held:
+            continue
         evidence = _attempts(held)
-        if held and (call.receipt is None or not _is_accepted(call, kind, evidence)):
+        if call.receipt is None or not _is_accepted(call, kind, evidence):
             wanted[kind] = {
                 "evidence": evidence,
                 "records": [_summary(record) for record in sorted(held, key=_lateness)[-_SUMMARIES_MAX:]],

@@ -15,7 +15,7 @@ from billing_tailer import audit, fastlane, plan
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, RowRejected
 from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
-from billing_tailer.ledger.connection import connect, text_array, wrapped
+from billing_tailer.ledger.connection import connect, wrapped
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX, SEND_BYTES, _socket_of
 from billing_tailer.model import FileStep, PlacedRecord, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
@@ -368,12 +368,3 @@ def test_calls_with_records(ledger: Ledger) -> None:
     ledger.add_records([record for record in records if isinstance(record, SpendRecord)])
     assert sorted(ledger.with_records({*odd, "unknown", "{}"})) == sorted(odd)
     assert ledger.with_records(set()) == []
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [[], ["a"], ["a", "b"], ['"'], ["\\"], ['a"b', "c\\d", "{e,f}", "", "NULL", " g ", "ü"], ['","'], ['\\"', '"\\']],
-    ids=repr,
-)
-def test_a_text_array_is_the_texts(dsn: str, texts: list[str]) -> None:
-    assert rows(dsn, "select %s::text[] as texts", text_array(texts)) == [{"texts": texts}]

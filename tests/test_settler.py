@@ -204,6 +204,26 @@ def test_failures_only_wait_for_silence(dsn: str, tmp_path: Path) -> None:
     assert closed == {"kind": "not_charged", "reason": "late_record"}
 
 
+def test_silence_begins_with_what_came_last(dsn: str, tmp_path: Path) -> None:
+    """The line's commit, or the newest of the records."""
+    log(tmp_path, b"".join(line(number, status="500") for number in (1, 2, 3)))
+    spool(tmp_path, *(failure(number, attempt=attempt) for number in (1, 2, 3) for attempt in (0, 1)))
+    with following(dsn, tmp_path, quiet_seconds=600, deadline_seconds=7200) as rig:
+        with psycopg.connect(dsn, autocommit=True) as postgres:
+            # of the first all are old, of the second all records but one, of the third its line is not
+            postgres.execute(
+                "update billing.usage_facts set committed_at = now() - interval '1 hour' where call_id not like '%3'"
+            )
+            postgres.execute("update billing.spend_records set received_at = now() - interval '1 hour'")
+            postgres.execute(
+                "update billing.spend_records set received_at = now() where record_id = "
+                "(select min(record_id) from billing.spend_records where call_id like '%2')"
+            )
+            postgres.execute("insert into billing.touched_calls select call_id from billing.usage_facts")
+        sweep(rig)
+    assert kinds(dsn) == {"call-00000001": "not_charged"}
+
+
 def test_overdue_and_reopened(dsn: str, tmp_path: Path) -> None:
     log(tmp_path, line(1))
     with following(dsn, tmp_path, deadline_seconds=0) as rig:

@@ -4,7 +4,7 @@ Nothing outside this package sees a psycopg exception: `wrapped` sorts them into
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, LiteralString, TypeAlias
 
@@ -13,6 +13,7 @@ from psycopg import errors as pg
 from psycopg import sql
 
 from billing_tailer.errors import ConfigError, LedgerUnavailable, Overlap, PositionMoved, RowRejected, TailerError
+from billing_tailer.ledger import arrays
 from billing_tailer.ledger.sqlfile import QUERIES, Migration, migrations
 
 CONNECT_TIMEOUT_SECONDS = 3
@@ -91,6 +92,7 @@ def connect(dsn: str, schema: str, *, application_name: str = "billing_tailer") 
             keepalives_count=3,
             application_name=application_name,
         )
+        arrays.register(connection)
         try:
             connection.execute(
                 "select set_config('search_path', %s, false), set_config('statement_timeout', %s, false), "
@@ -231,13 +233,3 @@ def may_change_money(connection: Connection, schema: str) -> bool:
 def query(name: str) -> LiteralString:
     """A named statement of queries.sql."""
     return QUERIES[name]
-
-
-def text_array(texts: Collection[str]) -> str:
-    """A text[] as one text: thousands of elements, one by one, would take their time."""
-    if not texts:
-        return "{}"
-    joined = '","'.join(texts)
-    if "\\" in joined or joined.count('"') > 2 * len(texts) - 2:  # hardly ever: looking is much faster than replacing
-        joined = '","'.join([text.replace("\\", "\\\\").replace('"', '\\"') for text in texts])
-    return f'{{"{joined}"}}'

@@ -15,7 +15,7 @@ import orjson
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
 
-from billing_tailer.ledger.connection import Connection, lock_key, query, text_array, wrapped
+from billing_tailer.ledger.connection import Connection, lock_key, query, wrapped
 from billing_tailer.ledger.records import record_of
 from billing_tailer.model import (
     Adjustment,
@@ -148,7 +148,7 @@ def with_records(connection: Connection, call_ids: Collection[str]) -> list[str]
     if not call_ids:
         return []
     with wrapped():
-        rows = connection.execute(query("with_records"), {"call_ids": text_array(call_ids)}).fetchall()
+        rows = connection.execute(query("with_records"), {"call_ids": list(call_ids)}).fetchall()
     return [row[0] for row in rows]
 
 
@@ -241,15 +241,16 @@ def _state(
 ) -> CallState:
     call_id = row["call_id"]
     waiting = Waiting(row["committed_at"], row["started_at"], row["deadline_passed"], row["occurred_at"])
+    records = found["records"].get(call_id, ())
     receipts = [_receipt(one) for one in found["receipts"].get(call_id, ())]
     return CallState(
         fact=UsageFact(**{name: row[name] for name in UsageFact._fields}),
-        records=tuple(record_of(one) for one in found["records"].get(call_id, ())),
+        records=tuple(record_of(one) for one in records),
         receipt=receipts[0] if receipts else None,
         adjustments=tuple(_adjustment(one) for one in found["adjustments"].get(call_id, ())),
         exceptions=tuple(_exception(one) for one in found["exceptions"].get(call_id, ())),
         conflict_accounts=tuple(one["billing_account_id"] for one in found["conflicts"].get(call_id, ())),
-        quiet_over=row["quiet_over"],
+        quiet_over=row["quiet_over"] and all(one["quiet_over"] for one in records),
         deadline_over=waiting.deadline_passed and is_over(waiting),
     )
 

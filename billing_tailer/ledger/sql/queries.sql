@@ -341,12 +341,12 @@ select distinct s.call_id from spend_records s join unnest(%(call_ids)s::text[])
 -- name: settle_facts
 select f.*, f.occurred_at - make_interval(secs => coalesce(f.request_seconds, 0)::float8) as started_at,
        f.committed_at < now() - make_interval(secs => %(deadline)s) as deadline_passed,
-       greatest(f.committed_at, (select max(s.received_at) from spend_records s where s.call_id = f.call_id))
-           < now() - make_interval(secs => %(quiet)s) as quiet_over
+       f.committed_at < now() - make_interval(secs => %(quiet)s) as quiet_over
 from usage_facts f where f.call_id = any(%(call_ids)s)
 
 -- name: settle_records
-select call_id as key, * from spend_records where call_id = any(%(call_ids)s) order by call_id, source, record_id
+select call_id as key, *, received_at < now() - make_interval(secs => %(quiet)s) as quiet_over
+from spend_records where call_id = any(%(call_ids)s) order by call_id, source, record_id
 
 -- name: settle_receipts
 select source_reference as key, * from charge_receipts
