@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -87,8 +87,8 @@ _COPY_FACTS = query("copy_facts").format(columns=", ".join(COLUMNS))
 _COPY_STAGED = query("copy_staged").format(columns=", ".join(COLUMNS))
 _INSERT_FACT = query("insert_fact").format(columns=", ".join(COLUMNS), values=", ".join(["%s"] * len(COLUMNS)))
 _INSERT_STAGED = query("insert_staged").format(columns=", ".join(COLUMNS))
-_Written: TypeAlias = tuple[str, psycopg.Cursor[tuple[Any, ...]], int]
-"""A statement's name, the cursor that ran it, and how many rows it must have found."""
+_Move: TypeAlias = Callable[[str, Sequence[Mapping[str, Any]]], None]
+"""Runs a statement for each of the rows, all of which it must find."""
 _STARTS = itemgetter(*map(COLUMNS.index, ("call_id", "occurred_at", "request_seconds")))
 
 
@@ -312,16 +312,12 @@ class Ledger:
         """Commit what a scan found. Raises PositionMoved if a position is not where we believe it to be."""
         unfinished = [p for p in changes.updated if p.state is not FileState.FINAL]
         with wrapped(), self._session.transaction():
-            cursor, moved = self._session.cursor(), self._session.cursor()
-            with self._session.pipeline():
+            with self._moving() as move:
                 if unfinished:
-                    cursor.executemany(query("delete_gaps_of_revived"), [_place(p) for p in unfinished])
+                    self._session.cursor().executemany(query("delete_gaps_of_revived"), [_place(p) for p in unfinished])
                 if changes.gaps:
-                    cursor.executemany(query("insert_gap"), [_gap(gap) for gap in changes.gaps])
-                if changes.updated:
-                    moved.executemany(query("update_file"), [_place(position) for position in changes.updated])
-            if changes.updated and moved.rowcount != len(changes.updated):
-                raise PositionMoved(f"{moved.rowcount} of {len(changes.updated)} files are where they were left")
+                    self._session.cursor().executemany(query("insert_gap"), [_gap(gap) for gap in changes.gaps])
+                move("update_file", [_place(position) for position in changes.updated])
             for file in changes.new:
                 self._insert_file(file)
 
@@ -419,22 +415,20 @@ class Ledger:
             with wrapped(), session.transaction():
                 steps = self._insert_records(plan)
                 copy_text(session, _COPY_FACTS, (fact.text for fact in plan.facts), meanwhile)
-                with session.pipeline():
+                with self._moving() as move:
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
-                    written = self._write_positions(plan, steps)
-                _require_found(written)
+                    self._write_positions(plan, steps, move)
             return steps
         # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
         # process that freezes right then would keep its lock
         with wrapped(), session.transaction():
             steps = self._insert_records(plan)
-            with session.pipeline():
+            with self._moving() as move:
                 if plan.facts:
                     values = [values_of(fact.text) for fact in plan.facts]
                     _texts(session).executemany(_INSERT_FACT, values)
                     _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
-                written = self._write_positions(plan, steps)
-            _require_found(written)
+                self._write_positions(plan, steps, move)
         return steps
 
     def _commit_staged(self, plan: Plan, meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
@@ -456,9 +450,8 @@ class Ledger:
                 # the call may be settled: after a crash right now nobody else would look at it again
                 ids = [plan.facts[number].call_id for number in conflicts]
                 session.execute(query("touch_calls"), {"call_ids": ids})
-            with session.pipeline():
-                written = self._write_positions(plan, steps)
-            _require_found(written)
+            with self._moving() as move:
+                self._write_positions(plan, steps, move)
         return steps
 
     def add_records(self, records: Sequence[SpendRecord]) -> int:
@@ -487,24 +480,30 @@ class Ledger:
             for step in plan.steps
         )
 
-    def _write_positions(self, plan: Plan, steps: Sequence[FileStep]) -> list[_Written]:
-        """The compare-and-set of every file, its batch row and its dead letters, within a pipeline. Before anything is
-        committed, `_require_found` must look at what this returns, after the end of the pipeline: `Pipeline.sync`
-        sends but once, and then waits for answers to what the socket had no room for."""
-        batches = [_batch(step.position.file_id, step.batch) for step in steps if step.batch is not None]
-        inserted = [row for row in batches if row["grows_from"] is None]
-        grown = [row for row in batches if row["grows_from"] is not None]
-        expected: list[_Written] = []
-        for name, rows in (
-            ("move_position", [_move(step) for step in steps]),
-            ("insert_batch", inserted),
-            ("grow_batch", grown),
-            ("insert_hole", [_gap(step.gap) for step in steps if step.gap is not None]),
-        ):
-            cursor = self._session.cursor()
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[_Move]:
+        """A pipeline. Raises PositionMoved at its end unless all that was to be moved is where this process left it.
+        Not before: `Pipeline.sync` sends but once, and then waits for answers to what the socket had no room for."""
+        moved: list[tuple[str, psycopg.Cursor[Any], int]] = []
+
+        def move(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
             if rows:
-                cursor.executemany(query(name), rows)
-                expected.append((name, cursor, len(rows)))
+                moved.append((name, self._session.cursor(), len(rows)))
+                moved[-1][1].executemany(query(name), rows)
+
+        with self._session.pipeline():
+            yield move
+        for name, cursor, count in moved:
+            if cursor.rowcount != count:
+                raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
+
+    def _write_positions(self, plan: Plan, steps: Sequence[FileStep], move: _Move) -> None:
+        """The compare-and-set of every file, its batch row and its dead letters."""
+        batches = [_batch(step.position.file_id, step.batch) for step in steps if step.batch is not None]
+        move("move_position", [_move(step) for step in steps])
+        move("insert_batch", [row for row in batches if row["grows_from"] is None])
+        move("grow_batch", [row for row in batches if row["grows_from"] is not None])
+        move("insert_hole", [_gap(step.gap) for step in steps if step.gap is not None])
         if plan.skips:
             self._session.execute(query("insert_skipped"), _columns(plan.skips))
             self._session.execute(query("forget_skipped"), {"kept": SKIPPED_CALLS_MAX})
@@ -512,7 +511,6 @@ class Ledger:
             self._session.cursor().executemany(
                 query("insert_dead_letter"), [_letter(letter) for letter in plan.dead_letters]
             )
-        return expected
 
     # --- settlement
 
@@ -627,13 +625,6 @@ class Ledger:
                 except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.ProgramLimitExceeded) as error:
                     refused[index] = str(error).splitlines()[0]
         return refused
-
-
-def _require_found(written: Iterable[_Written]) -> None:
-    """Raise PositionMoved unless every statement found what this process left there."""
-    for name, cursor, count in written:
-        if cursor.rowcount != count:
-            raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
 
 
 def _socket_of(connection: Connection) -> socket.socket:
