@@ -221,5 +221,5 @@ class Backfill:
         ((step,), (position,)) = committed.steps, committed.positions
         self._row = None if work.row is None or step.batch is None else replace(work.row, counts=step.batch.counts)
         filled.counts.update(step.counts)
-        self._settler.after_commit(self._settler.decidable(plan.fact_calls))
+        self._settler.after_commit(self._settler.decidable(plan))
         return position

@@ -331,13 +331,6 @@ class Plan:
         return len(self.fact_calls) != len(self.facts)
 
     @property
-    def calls(self) -> frozenset[str]:
-        """The call ids of facts and records."""
-        if not self.records:
-            return self.fact_calls
-        return self.fact_calls.union([placed.record.call_id for placed in self.records])
-
-    @property
     def lines(self) -> int:
         """Number of lines the plan accounts for."""
         return sum(sum(step.counts.values()) for step in self.steps)

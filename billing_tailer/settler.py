@@ -18,6 +18,7 @@ from datetime import datetime
 from billing_tailer.events import Events
 from billing_tailer.health import Health
 from billing_tailer.ledger import Ledger, Waiting
+from billing_tailer.model import Plan
 from billing_tailer.poller import Poll, Poller
 from billing_tailer.settle import Decision, Rules, decide
 
@@ -93,11 +94,11 @@ class Settler:
         self._reviewed = False
         self._resumed_to = ""
 
-    def decidable(self, call_ids: Collection[str]) -> list[str]:
+    def decidable(self, plan: Plan) -> list[str]:
         """Those of the calls of a plan that was committed just now of whose cost anything is known."""
-        if call_ids and not self._by_header:
-            return self._ledger.with_records(call_ids)
-        return list(call_ids)
+        told = {placed.record.call_id for placed in plan.records}
+        others = plan.fact_calls - told
+        return [*told, *(others if self._by_header else self._ledger.with_records(others))]
 
     def after_commit(self, call_ids: Collection[str]) -> None:
         """Decide calls that are decidable."""
@@ -219,7 +220,7 @@ class Settler:
         self._events.polled(len(poll.records), new, poll.rejected, poll.failure)
         self._health.say("spend_logs", [] if poll.failure is None else [poll.failure])
         if new:
-            self.after_commit(self.decidable({record.call_id for record in poll.records}))
+            self.after_commit({record.call_id for record in poll.records})
         self._next_poll = time.monotonic() + POLL_SECONDS
         self._ledger.asked(poll.window, answered=poll.complete)
         if not poll.covered or poll.window.span is None:

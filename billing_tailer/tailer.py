@@ -280,7 +280,7 @@ class Tailer:
     def _decidable(self, plan: Plan) -> list[str] | LedgerUnavailable:
         """Which of the calls can be decided now. That question failing undoes no commit."""
         try:
-            return self._settler.decidable(plan.calls)
+            return self._settler.decidable(plan)
         except LedgerUnavailable as error:
             return error
 
