@@ -17,7 +17,7 @@ from billing_tailer.files import Chunk, LogFiles
 from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
 from billing_tailer.ledger.connection import connect, wrapped
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX, SEND_BYTES, _socket_of
-from billing_tailer.model import FileStep, PlacedRecord, Plan, Position, SpendRecord
+from billing_tailer.model import FileStep, Gap, GapReason, PlacedRecord, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
 from billing_tailer.settings import LLM_ROUTES
 from billing_tailer.spend import parse_spool_line
@@ -143,6 +143,16 @@ def test_a_batch_row_that_another_moved_is_noticed(ledger: Ledger, start: Positi
     with pytest.raises(PositionMoved, match="grow_batch"):
         ledger.commit(plan.build([work_of(position, line(1), line(0), first.row)]))
     assert count(dsn, "usage_facts") == 1
+
+
+def test_a_scan_that_knows_another_position_changes_nothing(ledger: Ledger, start: Position, dsn: str) -> None:
+    elsewhere = replace(start, committed_offset=5)
+    gap = Gap(start.file_id, 100, 120, GapReason.ACCEPTED)
+    with pytest.raises(PositionMoved, match="update_file: 1 of 2 files"):
+        ledger.apply(Changes(updated=(start, elsewhere), gaps=(gap,)))
+    assert count(dsn, "log_gaps") == 0
+    ledger.apply(Changes(updated=(start,), gaps=(gap,)))
+    assert count(dsn, "log_gaps") == 1
 
 
 def test_one_batch_row_grows_in_place(ledger: Ledger, start: Position, dsn: str) -> None:

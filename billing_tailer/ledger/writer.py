@@ -488,8 +488,9 @@ class Ledger:
 
         def move(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
             if rows:
-                moved.append((name, self._session.cursor(), len(rows)))
-                moved[-1][1].executemany(query(name), rows)
+                cursor = self._session.cursor()
+                cursor.executemany(query(name), rows)
+                moved.append((name, cursor, len(rows)))
 
         with self._session.pipeline():
             yield move
