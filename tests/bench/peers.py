@@ -99,7 +99,7 @@ def _rsyslog(queue: str, work: Path, volume: Path, dsn: str) -> list[str]:
 def _fluent_bit(work: Path, volume: Path, dsn: str) -> list[str]:
     program = shutil.which("fluent-bit")
     if program is None:
-        raise Missing("fluent-bit is not on PATH (no Debian package; packages.fluentbit.io has one)")
+        raise Missing("fluent-bit is not on PATH (no Debian package: use its own repository, or build its source)")
     path = work / "fluent-bit.conf"
     path.write_text(FLUENT_BIT.format(work=work, volume=volume, **_address(dsn)), "utf-8")
     return [program, "-c", str(path)]
