@@ -14,8 +14,18 @@ import pytest
 from billing_tailer import audit, fastlane, plan
 from billing_tailer.errors import ConfigError, LedgerUnavailable, PositionMoved, RowRejected
 from billing_tailer.files import Chunk, LogFiles
-from billing_tailer.ledger import Changes, Ledger, LedgerState, NewFile, migrate, migrations, reason_of, reports
-from billing_tailer.ledger.connection import connect, wrapped
+from billing_tailer.ledger import (
+    Changes,
+    Ledger,
+    LedgerState,
+    NewFile,
+    migrate,
+    migrations,
+    reason_of,
+    reports,
+    settlement,
+)
+from billing_tailer.ledger.connection import Connection, connect, wrapped
 from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX, SEND_BYTES, _socket_of
 from billing_tailer.model import FileStep, Gap, GapReason, PlacedRecord, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
@@ -369,6 +379,28 @@ def test_a_deadlock_is_taken_through_staging(dsn: str, tmp_path: Path, monkeypat
     assert tries == [1]
     assert outcomes(dsn) == {"fact": 60}
     assert_sound(dsn)
+
+
+def test_who_freezes_while_deciding_holds_nobody_up(ledger: Ledger, start: Position, dsn: str) -> None:
+    """Postgres ends a session that says nothing between loading calls and writing what was decided of them."""
+    ledger.commit(plan_of(start, line(1)))
+    decided = threading.Event()
+
+    def freeze(frozen: Connection, other: Connection) -> None:
+        with settlement.deciding(frozen, "billing"):
+            calls = settlement.load(
+                frozen, ["call-00000001"], deadline_seconds=900, quiet_seconds=10, is_over=lambda _: True
+            )
+            assert len(calls) == 1
+            with settlement.deciding(other, "billing"):
+                decided.set()
+            settlement.write(frozen, {})
+
+    with connect(dsn, "billing") as frozen, connect(dsn, "billing") as other:
+        frozen.execute("set idle_in_transaction_session_timeout = '1s'")
+        with pytest.raises(LedgerUnavailable, match="closed the connection"):
+            freeze(frozen, other)
+    assert decided.is_set()
 
 
 def test_calls_with_records(ledger: Ledger) -> None:

@@ -220,10 +220,14 @@ def load(
         facts = cursor.execute(query("settle_facts"), ids).fetchall()
         if not facts:
             return []
-        found = {
-            name: _by_call(cursor.execute(query(f"settle_{name}"), ids).fetchall())
-            for name in ("records", "receipts", "adjustments", "exceptions", "conflicts")
-        }
+        asked = {}
+        with connection.pipeline():
+            for name in ("records", "receipts", "adjustments", "exceptions"):
+                asked[name] = connection.cursor(row_factory=dict_row).execute(query(f"settle_{name}"), ids)
+        found = {name: _by_call(answer.fetchall()) for name, answer in asked.items()}
+        # not within the pipeline: after one, Postgres' timers stand still until the next statement, and a process that
+        # freezes while it decides would hold up everybody who decides
+        found["conflicts"] = _by_call(cursor.execute(query("settle_conflicts"), ids).fetchall())
     return [_state(row, found, is_over) for row in facts]
 
 
@@ -288,7 +292,7 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
     # a late record can hold a call that was not to be charged: it waits again
     reopened = [key for key, one in decisions.items() if one.standing not in SETTLED and not one.is_empty]
     stopped = [key for key, one in decisions.items() if one.standing in STOPPED or key in reopened]
-    with wrapped(), connection.transaction(), connection.pipeline(), connection.cursor() as cursor:
+    with wrapped(), connection.pipeline(), connection.cursor() as cursor:
         if receipts:
             cursor.execute(query("insert_receipts"), {"rows": _json(receipts)})
             cursor.execute(query("insert_details"), {"rows": _json(details)})

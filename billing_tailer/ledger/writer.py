@@ -419,16 +419,13 @@ class Ledger:
                     session.cursor().executemany(query("insert_unlisted"), _unlisted(plan))
                     self._write_positions(plan, steps, move)
             return steps
-        # COMMIT stands outside of the pipeline: Postgres does not start idle_session_timeout after a pipeline, and a
-        # process that freezes right then would keep its lock
-        with wrapped(), session.transaction():
+        with wrapped(), self._moving_at_once() as move:
             steps = self._insert_records(plan)
-            with self._moving() as move:
-                if plan.facts:
-                    values = [values_of(fact.text) for fact in plan.facts]
-                    _texts(session).executemany(_INSERT_FACT, values)
-                    _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
-                self._write_positions(plan, steps, move)
+            if plan.facts:
+                values = [values_of(fact.text) for fact in plan.facts]
+                _texts(session).executemany(_INSERT_FACT, values)
+                _texts(session).executemany(query("insert_unsettled"), [_STARTS(row) for row in values])
+            self._write_positions(plan, steps, move)
         return steps
 
     def _commit_staged(self, plan: Plan, meanwhile: Callable[[], None]) -> tuple[FileStep, ...]:
@@ -497,6 +494,21 @@ class Ledger:
         for name, cursor, count in moved:
             if cursor.rowcount != count:
                 raise PositionMoved(f"{name}: {cursor.rowcount} of {count} files are where this process left them")
+
+    @contextlib.contextmanager
+    def _moving_at_once(self) -> Iterator[_Move]:
+        """`_moving` in a transaction of its own, whose BEGIN goes with the first statement: psycopg's waits for an
+        answer, and so does its pipeline within one. COMMIT comes after the pipeline: Postgres does not start
+        idle_session_timeout after one, and a process that freezes right then would keep its lock."""
+        try:
+            with self._moving() as move:
+                self._session.execute("begin")
+                yield move
+        except BaseException:
+            with contextlib.suppress(psycopg.Error):  # what went wrong first is what counts
+                self._session.rollback()
+            raise
+        self._session.commit()
 
     def _write_positions(self, plan: Plan, steps: Sequence[FileStep], move: _Move) -> None:
         """The compare-and-set of every file, its batch row and its dead letters."""
