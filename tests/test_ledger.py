@@ -30,6 +30,7 @@ from billing_tailer.ledger.writer import PIPELINE_FACTS_MAX, SEND_BYTES, _socket
 from billing_tailer.model import FileStep, Gap, GapReason, PlacedRecord, Plan, Position, SpendRecord
 from billing_tailer.plan import FileWork, OpenRow
 from billing_tailer.settings import LLM_ROUTES
+from billing_tailer.settle import Decision, Standing
 from billing_tailer.spend import parse_spool_line
 from tests.support.follow import following
 from tests.support.loglines import line, lines
@@ -381,8 +382,9 @@ def test_a_deadlock_is_taken_through_staging(dsn: str, tmp_path: Path, monkeypat
     assert_sound(dsn)
 
 
-def test_who_freezes_while_deciding_holds_nobody_up(ledger: Ledger, start: Position, dsn: str) -> None:
-    """Postgres ends a session that says nothing between loading calls and writing what was decided of them."""
+@pytest.mark.parametrize("moment", ["while it decides", "before COMMIT"])
+def test_who_freezes_while_deciding_holds_nobody_up(ledger: Ledger, start: Position, dsn: str, moment: str) -> None:
+    """Postgres ends a session that says nothing from the last statement of loading calls on."""
     ledger.commit(plan_of(start, line(1)))
     decided = threading.Event()
 
@@ -392,13 +394,14 @@ def test_who_freezes_while_deciding_holds_nobody_up(ledger: Ledger, start: Posit
                 frozen, ["call-00000001"], deadline_seconds=900, quiet_seconds=10, is_over=lambda _: True
             )
             assert len(calls) == 1
+            if moment == "before COMMIT":
+                settlement.write(frozen, {"call-00000001": Decision(Standing.OVERDUE)})
             with settlement.deciding(other, "billing"):
                 decided.set()
-            settlement.write(frozen, {})
 
     with connect(dsn, "billing") as frozen, connect(dsn, "billing") as other:
         frozen.execute("set idle_in_transaction_session_timeout = '1s'")
-        with pytest.raises(LedgerUnavailable, match="closed the connection"):
+        with pytest.raises(LedgerUnavailable, match=r"closed the connection|idle-in-transaction"):
             freeze(frozen, other)
     assert decided.is_set()
 

@@ -224,10 +224,10 @@ def load(
         with connection.pipeline():
             for name in ("records", "receipts", "adjustments", "exceptions"):
                 asked[name] = connection.cursor(row_factory=dict_row).execute(query(f"settle_{name}"), ids)
-        found = {name: _by_call(answer.fetchall()) for name, answer in asked.items()}
         # not within the pipeline: after one, Postgres' timers stand still until the next statement, and a process that
         # freezes while it decides would hold up everybody who decides
-        found["conflicts"] = _by_call(cursor.execute(query("settle_conflicts"), ids).fetchall())
+        asked["conflicts"] = cursor.execute(query("settle_conflicts"), ids)
+        found = {name: _by_call(answer.fetchall()) for name, answer in asked.items()}
     return [_state(row, found, is_over) for row in facts]
 
 
@@ -292,23 +292,24 @@ def write(connection: Connection, decisions: Mapping[str, Decision]) -> None:
     # a late record can hold a call that was not to be charged: it waits again
     reopened = [key for key, one in decisions.items() if one.standing not in SETTLED and not one.is_empty]
     stopped = [key for key, one in decisions.items() if one.standing in STOPPED or key in reopened]
-    with wrapped(), connection.pipeline(), connection.cursor() as cursor:
-        if receipts:
-            cursor.execute(query("insert_receipts"), {"rows": _json(receipts)})
-            cursor.execute(query("insert_details"), {"rows": _json(details)})
-        for name, rows in (
-            ("insert_adjustment", [{**asdict(one), "evidence": Jsonb(one.evidence)} for one in adjustments]),
-            ("open_exception", [_exception_row(one) for one in opened]),
-            ("close_exception", [_exception_row(one) for one in closed]),
-        ):
-            if rows:
-                cursor.executemany(query(name), rows)
-        cursor.execute(query("forget_unsettled"), {"call_ids": done})
-        if reopened:
-            cursor.execute(query("unsettle_calls"), {"call_ids": reopened})
-            cursor.execute(query("resume_calls"), {"call_ids": reopened})
-        if stopped:
-            cursor.execute(query("stop_calls"), {"call_ids": stopped, "seconds": ASK_AFTER_MIN.total_seconds()})
+    with wrapped(), connection.cursor() as cursor:
+        with connection.pipeline():
+            if receipts:
+                cursor.execute(query("insert_receipts"), {"rows": _json(receipts)})
+                cursor.execute(query("insert_details"), {"rows": _json(details)})
+            for name, rows in (
+                ("insert_adjustment", [{**asdict(one), "evidence": Jsonb(one.evidence)} for one in adjustments]),
+                ("open_exception", [_exception_row(one) for one in opened]),
+                ("close_exception", [_exception_row(one) for one in closed]),
+            ):
+                if rows:
+                    cursor.executemany(query(name), rows)
+            if reopened:
+                cursor.execute(query("unsettle_calls"), {"call_ids": reopened})
+                cursor.execute(query("resume_calls"), {"call_ids": reopened})
+            if stopped:
+                cursor.execute(query("stop_calls"), {"call_ids": stopped, "seconds": ASK_AFTER_MIN.total_seconds()})
+        cursor.execute(query("forget_unsettled"), {"call_ids": done})  # last, and by itself: as in `load`
 
 
 def close(connection: Connection, closed: CallException) -> None:

@@ -499,10 +499,11 @@ class Ledger:
     def _moving_at_once(self) -> Iterator[_Move]:
         """`_moving` in a transaction of its own, whose BEGIN goes with the first statement: psycopg's waits for an
         answer, and so does its pipeline within one. COMMIT comes after the pipeline: Postgres does not start
-        idle_session_timeout after one, and a process that freezes right then would keep its lock."""
+        idle_session_timeout after one, and a process that freezes right then would keep its lock. Of one that freezes
+        before COMMIT the lock is taken by whoever stands by (`end_frozen_owner`), as during COPY."""
         try:
             with self._moving() as move:
-                self._session.execute("begin")
+                self._session.execute("begin", prepare=False)  # rollback forgets no plan of what did not begin
                 yield move
         except BaseException:
             with contextlib.suppress(psycopg.Error):  # what went wrong first is what counts
