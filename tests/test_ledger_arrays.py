@@ -49,6 +49,7 @@ def test_a_list_is_the_values(connection: Connection, kind: str, values: list[An
     assert sent(connection, kind, values) == (values,)
 
 
+# one session for all examples: they only ask, and leave nothing behind
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.none() | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))))
 def test_any_texts_are_the_texts(connection: Connection, values: list[str | None]) -> None:
