@@ -50,6 +50,7 @@ def test_values_of_a_row(fact: UsageFact) -> None:
     assert all(values[name] == value for name, value in fact._asdict().items() if type(value) is str)
 
 
+# one database for all examples: each rolls back what it wrote
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(facts, min_size=1, max_size=8, unique_by=lambda fact: fact.call_id))
 def test_postgres_reads_the_same_facts(dsn: str, many: list[UsageFact]) -> None:
