@@ -180,12 +180,12 @@ def run(settings: Settings) -> int:
         *_page_routes(settings, page_reads, health, events),
     ]
     http = HttpServer(settings.http_host, settings.http_port, events, health, routes)
-    with Ending(wake.set, events) as ending:
+    # the spool before HTTP and after it: who reaches us is never told that the spool is closed
+    with Ending(wake.set, events) as ending, _spooling(spool, ending):
         http.start()
         try:
             with (
                 ending.watching("the HTTP thread", http.alive),
-                _spooling(spool, ending),
                 _database(settings, ending, events) as dsn,
                 reads.of(dsn),
                 page_reads.of(dsn),

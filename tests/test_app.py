@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import httpx
 import psycopg
 import pytest
 
@@ -19,6 +20,7 @@ from tests.support.daemon import Daemon
 from tests.support.loglines import line, lines
 from tests.support.proof import assert_sound, count, outcomes, rows
 from tests.support.proxy import PostgresProxy
+from tests.support.spendlines import payload
 from tests.support.verbs import run_verb
 
 SECRET = "hunter2-s3cret"
@@ -330,6 +332,43 @@ def test_sigterm_with_a_client_that_never_ends_its_request(dsn: str, volume: Pat
             started = time.monotonic()
             assert daemon.terminate(timeout=10) == 0
             assert time.monotonic() - started < 5
+
+
+SLOW_ENDS = """
+import time
+from billing_tailer.cli import main
+from billing_tailer.spool import Spool
+from billing_tailer.web.server import HttpServer
+def late(method):
+    def waiting(self):
+        time.sleep(2)
+        method(self)
+    return waiting
+Spool.start, HttpServer.stop = late(Spool.start), late(HttpServer.stop)
+main()
+"""
+
+
+def test_callbacks_are_taken_from_the_first_moment_to_the_last(
+    dsn: str, volume: Path, tmp_path: Path, daemon_log: Path
+) -> None:
+    """As long as a client is heard at all: LiteLLM drops what it could not deliver."""
+    environment = variables(dsn, volume, SPOOL_DIR=f"{tmp_path}/spool")
+    with Daemon(environment, daemon_log, script=SLOW_ENDS) as daemon:
+        with httpx.Client(base_url=daemon.url, trust_env=False) as client:
+
+            def post(number: int) -> int:
+                return client.post("/v1/callbacks/litellm", json=payload(number)).status_code
+
+            assert post(0) == 200
+            daemon.wait_for_event("owner")
+            daemon.signal(signal.SIGTERM)
+            daemon.wait_for_event("stopping")
+            time.sleep(0.5)  # whatever ends before HTTP has ended now
+            assert post(1) == 200
+        assert daemon.wait(10) == 0
+    with Daemon(environment, daemon_log) as daemon:
+        daemon.wait_until(lambda: count(dsn, "charge_receipts") == 2, what="both receipts")
 
 
 DYING_HTTP = """

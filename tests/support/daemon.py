@@ -24,17 +24,25 @@ def clean_environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": str(ROOT), **variables}
 
 
+def program(script: str = "") -> list[str]:
+    """Arguments of Python: our module, or Python text in its place, for tests that must break something inside."""
+    return ["-c", script] if script else ["-m", "billing_tailer"]
+
+
 class Daemon:
     """One daemon, startable again and again; what it writes is appended to `log_path`.
 
     `variables` are full names (`BILLING_TAILER_AUDIT_GLOBS`); `BILLING_TAILER_HTTP_PORT` is 0 unless given, and the
-    real port is read from the log. A context manager: entering starts, leaving kills what still runs.
+    real port is read from the log. `script`: see `program`. A context manager: entering starts, leaving kills
+    what still runs.
     """
 
-    def __init__(self, variables: Mapping[str, str], log_path: Path, arguments: Sequence[str] = ("run",)) -> None:
+    def __init__(
+        self, variables: Mapping[str, str], log_path: Path, arguments: Sequence[str] = ("run",), *, script: str = ""
+    ) -> None:
         self.variables = {"BILLING_TAILER_HTTP_PORT": "0", **variables}
         self.log_path = log_path
-        self._arguments = list(arguments)
+        self._command = [sys.executable, *program(script), *arguments]
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0  # where the log of the present process begins
 
@@ -55,7 +63,7 @@ class Daemon:
         with self.log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "billing_tailer", *self._arguments],
+                self._command,
                 env=clean_environment(self.variables),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

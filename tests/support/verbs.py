@@ -10,17 +10,15 @@ from typing import Any
 import pytest
 
 from billing_tailer import cli
-from tests.support.daemon import ROOT, clean_environment
+from tests.support.daemon import ROOT, clean_environment, program
 
 
 def run_verb(
     variables: Mapping[str, str], *arguments: str, script: str = "", timeout: float = 30
 ) -> subprocess.CompletedProcess[str]:
-    """`python -m billing_tailer <arguments>` with exactly these variables. script: Python to run instead of the module,
-    for tests that must break something inside the process."""
-    program = ["-c", script] if script else ["-m", "billing_tailer"]
+    """`python -m billing_tailer <arguments>` with exactly these variables. script: see `program`."""
     return subprocess.run(
-        [sys.executable, *program, *arguments],
+        [sys.executable, *program(script), *arguments],
         env=clean_environment(variables),
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
