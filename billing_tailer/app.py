@@ -170,7 +170,7 @@ def run(settings: Settings) -> int:
     LogFiles(settings.audit_globs, settings.open_files_max).require_mounts()
     spool = _spool(settings, events)
     files = _log_files(settings, spool)
-    wake = Wake(files.concerns)
+    wake = Wake(files.concerns, told=() if spool is None else (str(spool.directory),))
     reads = Reads(settings.db_schema, settings.source_id)
     page_reads = Reads(settings.db_schema, settings.source_id, threads=THREADS, waiting_max=WAITING_MAX)
     waiters = Waiters(reads.run_status)

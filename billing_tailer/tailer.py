@@ -243,7 +243,8 @@ class Tailer:
                 self._follower.scan_soon()
                 return
             sifted, committed = written
-            known = self._decidable(sifted)
+            # beside the reading, where there is any; else after what is committed was told
+            known = self._decidable(sifted) if reading else None
         finally:
             wait(reading)
         self._adopt(sifted, sound, committed)
@@ -255,7 +256,7 @@ class Tailer:
             raise known
         if committed.unlisted:
             self._settler.note_unlisted()
-        self._settler.after_commit(known)
+        self._settler.after_commit(self._settler.decidable(sifted) if known is None else known)
 
     def _write(
         self, plan: Plan, meanwhile: Callable[[], None], reading: list[Future[Batch]]

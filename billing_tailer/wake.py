@@ -6,7 +6,7 @@ inotify misses remote writers, overlay file systems' lower layers and queue over
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 from watchdog.events import (
@@ -27,9 +27,11 @@ _EVENTS: list[type[FileSystemEvent]] = [FileModifiedEvent, FileCreatedEvent, Fil
 class Wake(FileSystemEventHandler):
     """An event that file system events set, and that the loop waits for."""
 
-    def __init__(self, concerns: Callable[[str], bool] = lambda _: True) -> None:
-        """concerns: whether a path is of interest; what happens to other files in the same directories is not."""
+    def __init__(self, concerns: Callable[[str], bool] = lambda _: True, told: Container[str] = ()) -> None:
+        """concerns: whether a path is of interest; what happens to other files in the same directories is not. told:
+        directories whose writer calls `set`: to hear of each write twice costs two threads a turn."""
         self._concerns = concerns
+        self._told = told
         self._event = threading.Event()
         self._observer: BaseObserver | None = None
         self._watched: dict[str, tuple[tuple[int, int], ObservedWatch]] = {}
@@ -53,6 +55,8 @@ class Wake(FileSystemEventHandler):
         found: dict[str, tuple[int, int]] = {}
         troubles = []
         for directory in directories:
+            if directory in self._told:
+                continue
             try:
                 status = Path(directory).stat()
                 found[directory] = (status.st_dev, status.st_ino)

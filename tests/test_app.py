@@ -55,6 +55,10 @@ def has_facts(dsn: str, number: int) -> bool:
     return count(dsn, "usage_facts") == number
 
 
+def has_receipts(dsn: str, number: int) -> bool:
+    return count(dsn, "charge_receipts") == number
+
+
 def ready(daemon: Daemon) -> bool:
     return daemon.get("/readyz").status_code == 200
 
@@ -368,7 +372,21 @@ def test_callbacks_are_taken_from_the_first_moment_to_the_last(
             assert post(1) == 200
         assert daemon.wait(10) == 0
     with Daemon(environment, daemon_log) as daemon:
-        daemon.wait_until(lambda: count(dsn, "charge_receipts") == 2, what="both receipts")
+        daemon.wait_until(lambda: has_receipts(dsn, 2), what="both receipts")
+
+
+def test_a_callback_wakes_the_loop(dsn: str, volume: Path, tmp_path: Path, daemon_log: Path) -> None:
+    """Nothing else would, for two seconds: nobody watches the spool."""
+    taken = []
+    environment = variables(dsn, volume, SPOOL_DIR=f"{tmp_path}/spool", POLL_INTERVAL_SECONDS="60")
+    with Daemon(environment, daemon_log) as daemon, httpx.Client(base_url=daemon.url, trust_env=False) as client:
+        daemon.wait_until(lambda: has_facts(dsn, 10), what="the lines")
+        for number in range(5):
+            started = time.monotonic()
+            assert client.post("/v1/callbacks/litellm", json=payload(number)).status_code == 200
+            daemon.wait_until(partial(has_receipts, dsn, number + 1), what="the receipt")
+            taken.append(time.monotonic() - started)
+    assert sorted(taken)[2] < 1, taken
 
 
 DYING_HTTP = """

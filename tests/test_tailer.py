@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from billing_tailer import plan as plan_module
+from billing_tailer.errors import LedgerUnavailable
 from billing_tailer.ledger import Committed, Ledger
 from billing_tailer.model import Plan
 from billing_tailer.reader import Batch, Reader
@@ -415,6 +416,34 @@ def test_the_next_batch_is_read_while_one_is_committed(
         pass
     assert ahead == [batch_lines_max, 20]
     assert outcomes(dsn) == {"fact": 2 * batch_lines_max + 20}
+    assert_sound(dsn, {1: content})
+
+
+@pytest.mark.parametrize("batch_lines_max", [10, 1000])
+def test_a_question_after_the_commit_fails(
+    dsn: str, volume: Path, monkeypatch: pytest.MonkeyPatch, batch_lines_max: int
+) -> None:
+    """While the next batch is read, and where there is none: what is committed was told once, and is gone on from."""
+    with_records = Ledger.with_records
+
+    def fail_once(self: Ledger, call_ids: Collection[str]) -> list[str]:
+        monkeypatch.setattr(Ledger, "with_records", with_records)
+        raise LedgerUnavailable("as if")
+
+    content = lines(0, 30)
+    with following(dsn, volume, batch_lines_max=batch_lines_max) as rig:
+        (volume / "audit.jsonl").write_bytes(content)
+        monkeypatch.setattr(Ledger, "with_records", fail_once)
+        for _ in range(20):
+            rig.follower.scan_soon()
+            rig.tailer._turn()
+        assert Ledger.with_records is with_records
+        assert rig.events.registry.get_sample_value("billing_tailer_lines_total", {"outcome": "fact"}) == 30
+        failures = rig.events.registry.get_sample_value(
+            "billing_tailer_commit_failures_total", {"reason": "connection"}
+        )
+        assert failures == 1
+    assert outcomes(dsn) == {"fact": 30}
     assert_sound(dsn, {1: content})
 
 

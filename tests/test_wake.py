@@ -190,6 +190,23 @@ def test_other_files_of_the_directory_do_not_wake(log: Path) -> None:
         wake.stop()
 
 
+def test_a_directory_whose_writer_tells_us_is_not_watched(tmp_path: Path) -> None:
+    for name in ("told", "log"):
+        (tmp_path / name).mkdir()
+    wake = Wake(told=(str(tmp_path / "told"),))
+    wake.start()
+    try:
+        wake.watch([str(tmp_path / "told"), str(tmp_path / "log")])
+        assert wake.trouble is None
+        quiet(wake)
+        append(tmp_path / "told/callbacks")
+        assert seconds_to_wake(wake, 0.3) >= 0.3
+        append(tmp_path / "log/audit")
+        assert seconds_to_wake(wake) < LONG_SECONDS
+    finally:
+        wake.stop()
+
+
 def test_a_directory_made_anew_is_watched_again(wake: Wake, tmp_path: Path) -> None:
     directory = tmp_path / "logs"
     for _ in range(3):

@@ -150,7 +150,8 @@ def daemon(dsn: str, volume: Path, more: Mapping[str, str] | None = None) -> Dae
         "BILLING_TAILER_CALLBACK_TOKEN": TOKEN,
         **(more or {}),
     }
-    return Daemon(variables, volume / "daemon.log")
+    # its log beside the volume: within, each line of it would wake the daemon's threads
+    return Daemon(variables, volume.with_name(f"{volume.name}.log"))
 
 
 def wait_until_ready(running: Daemon) -> None:
